@@ -1,0 +1,16 @@
+"""The environment variables this package reads; nothing else reads any.
+
+FLASH_ATTN_BACKEND  run every call on this backend, or raise (see `flash_attn.dispatch.BACKENDS`)
+FLASH_ATTN_CHECK    1: also check the values of GPU tensors (cu_seqlens, block_table, ...), at the cost of a
+                    synchronisation per call
+"""
+
+import os
+
+
+def backend() -> str | None:
+    return os.environ.get("FLASH_ATTN_BACKEND") or None
+
+
+def check_values() -> bool:
+    return os.environ.get("FLASH_ATTN_CHECK") == "1"
