@@ -41,6 +41,7 @@ class Problem(NamedTuple):
     page_size: int = 0  # 0: not paged
     batch_idx: bool = False  # cache row of each sequence
     deterministic: bool = False  # dq bitwise reproducible (dk and dv always are)
+    num_splits: int = 0  # split the keys of decode over this many programs; 0: heuristic, 1: not
 
     @property
     def causal(self) -> bool:
