@@ -75,6 +75,17 @@ class Operands(NamedTuple):
     rng_state: Tensor | None = None  # int64 (2,): Philox (seed, offset), on the device of q
 
 
+class Append(NamedTuple):
+    """What a KV cache call does before it attends: rotate q, rotate and store new keys and values."""
+
+    k: Tensor | None  # (B, S_new, Hk, D): new keys; None together with v
+    v: Tensor | None  # (B, S_new, Hk, Dv)
+    rotary_cos: Tensor | None  # (positions, rotary_dim / 2) in the dtype of q; None together with rotary_sin
+    rotary_sin: Tensor | None
+    interleaved: bool  # True: pairs (2i, 2i + 1) rotate (GPT-J); False: (i, i + rotary_dim / 2) (GPT-NeoX)
+    cache_seqlens: Tensor  # int32 (B,): keys in the cache before the append, counted from row 0 of the cache
+
+
 class Gradients(NamedTuple):
     dq: Tensor
     dk: Tensor
