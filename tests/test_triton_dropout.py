@@ -1,0 +1,90 @@
+"""tile/dropout.py against Philox written out in Python integers, and its statistics."""
+
+import os
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+
+from flash_attn.tile import dropout  # noqa: E402
+
+keep_tile, keep_tile_t = dropout.keep_tile, dropout.keep_tile_t
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+pytestmark = pytest.mark.skipif(
+    not INTERPRETED and not torch.cuda.is_available(), reason="needs the interpreter or a GPU"
+)
+DEVICE = "cpu" if INTERPRETED else "cuda"
+WORD = 0xFFFFFFFF
+
+
+@triton.jit
+def _write_mask(
+    out, rng, bh, row0, col0, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, T: tl.constexpr
+):
+    rows = row0 + tl.arange(0, BLOCK_M)
+    state = (tl.load(rng), tl.load(rng + 1))
+    if T:
+        kept = tl.trans(keep_tile_t(state, bh, rows, col0, threshold, BLOCK_N))
+    else:
+        kept = keep_tile(state, bh, rows, col0, threshold, BLOCK_N)
+    tl.store(
+        out + tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :], kept.to(tl.int8)
+    )
+
+
+def mask_of_kernel(seed, offset, bh, row0, col0, threshold, block_m, block_n, transposed):
+    out = torch.full((block_m, block_n), -1, dtype=torch.int8, device=DEVICE)
+    rng = torch.tensor([seed, offset], device=DEVICE)
+    _write_mask[(1,)](out, rng, bh, row0, col0, threshold, block_m, block_n, transposed)
+    return out.cpu()
+
+
+def philox(counter, key, rounds):
+    """Philox-4x32 as the paper has it."""
+    c, k = list(counter), list(key)
+    for _ in range(rounds):
+        p0, p1 = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [p1 >> 32 ^ c[1] ^ k[0], p1 & WORD, p0 >> 32 ^ c[3] ^ k[1], p0 & WORD]
+        k = [k[0] + 0x9E3779B9 & WORD, k[1] + 0xBB67AE85 & WORD]
+    return c
+
+
+def mask_of_paper(seed, offset, bh, row0, col0, threshold, block_m, block_n):
+    out = torch.empty(block_m, block_n, dtype=torch.int8)
+    key = (seed & WORD, (seed >> 32 ^ offset >> 32) & WORD)
+    for row in range(block_m):
+        for col in range(block_n):
+            c = col0 + col
+            word = philox((offset & WORD, c // 8, row0 + row, bh), key, 7)[c % 8 // 2]
+            out[row, col] = (word >> 16 * (c % 2) & 0xFFFF) < threshold
+    return out
+
+
+def test_known_answer():
+    """The first vector of Random123's kat_vectors for philox4x32 with 7 rounds checks the oracle itself."""
+    assert philox((0, 0, 0, 0), (0, 0), 7) == [0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    "seed, offset, bh, row0, col0, threshold",
+    [
+        (0, 0, 0, 0, 0, 30000),
+        (-5, 3 - 2**40, 7, 123, 64, 58982),
+        (2**62 + 12345, 2**33 + 9, 3, 5, 8, 32768),
+        (1, 2, 3, 4, 16, 65536),
+        (1, 2, 3, 4, 16, 0),
+    ],
+)
+def test_equals_the_paper(seed, offset, bh, row0, col0, threshold, transposed):
+    got = mask_of_kernel(seed, offset, bh, row0, col0, threshold, 16, 32, transposed)
+    assert torch.equal(got, mask_of_paper(seed, offset, bh, row0, col0, threshold, 16, 32))
+
+
+def test_keeps_the_asked_share():
+    kept = mask_of_kernel(11, 22, 1, 0, 0, 45875, 128, 512, False).double()  # p = 0.3
+    n = kept.numel()
+    assert abs(kept.mean() - 0.7) < 5 * (0.7 * 0.3 / n) ** 0.5
+    assert (kept.mean(0) - 0.7).abs().max() < 5 * (0.7 * 0.3 / 128) ** 0.5
