@@ -1,0 +1,222 @@
+"""From a Triton kernel and its arguments to a launch, without the JIT's own argument binding.
+
+`kernel[grid](...)` spends most of its time (19 us on an H200 machine) on finding out which compiled kernel
+it wants. Here that question is answered by rules of our own, so that a new length never compiles anything:
+
+* a tensor is a pointer to its dtype, a float is fp32, an int is i32, None is a constant;
+* the ints of a parameter named `*_strides` are i64, in elements, without the last dimension's (which is 1);
+* nothing is specialised on its value, except one switch: when every tile (a tensor parameter `x` that has an
+  `x_strides` of at least three entries) starts at a multiple of 16 bytes and so do all its rows, the kernel is
+  compiled for 16-byte accesses;
+* everything passed by keyword in `constants` is a constexpr. Arguments may be tuples of these.
+
+Under TRITON_INTERPRET=1, and on a Triton whose launch protocol is not known here, `launch` is `kernel[grid]`.
+"""
+
+import threading
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.compiler import ASTSource
+from triton.compiler import compile as triton_compile
+from triton.runtime.errors import OutOfResources
+from triton.runtime.jit import JITFunction
+
+from flash_attn.errors import FlashAttnError, UnsupportedError
+
+# CompiledKernel.run(grid..., stream, function, packed_metadata, launch_metadata, hooks, *args) is read in the
+# source of 3.6 to 3.9.
+KNOWN_TRITON = ((3, 6), (3, 9))
+KNOWN = KNOWN_TRITON[0] <= tuple(int(x) for x in triton.__version__.split(".")[:2]) <= KNOWN_TRITON[1]
+
+_TYPES = {
+    torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64",
+    torch.float8_e4m3fn: "fp8e4nv", torch.float8_e5m2: "fp8e5", torch.int8: "i8", torch.uint8: "u8",
+    torch.int16: "i16", torch.int32: "i32", torch.int64: "i64", torch.bool: "i1",
+}  # fmt: skip
+
+_cache: dict[Any, "Binary"] = {}
+_lock = threading.Lock()
+_compilations = 0
+
+
+class KernelError(FlashAttnError):
+    """A kernel of ours did not compile; the message names the kernel and the problem."""
+
+
+class SharedMemoryError(UnsupportedError):
+    """A compiled kernel wants more shared memory, registers or tensor memory than the device has."""
+
+
+class Binary(NamedTuple):
+    """A compiled kernel, loaded on one device."""
+
+    kernel: Any  # triton.compiler.CompiledKernel
+    run: Any
+    function: int
+    packed: Any
+
+    def launch(self, grid: tuple[int, int, int], stream: int, args: tuple) -> None:
+        """Launch with run-time arguments and constants in the kernel's order; tensors may be given as addresses."""
+        runtime = triton.knobs.runtime
+        enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a profiler listens
+            about = self.kernel.launch_metadata(grid, stream, *args)
+            self.run(*grid, stream, self.function, self.packed, about, enter, leave, *args)
+        else:
+            self.run(*grid, stream, self.function, self.packed, None, None, None, *args)
+
+
+def compilations() -> int:
+    """How many kernels this process has compiled or loaded from disk; a new length must not add one."""
+    return _compilations
+
+
+def launch(
+    kernel, grid: tuple[int, int, int], args: tuple, constants: dict[str, Any], num_warps: int = 4,
+    num_stages: int = 2, problem: Any = None, **options: Any,
+) -> None:  # fmt: skip
+    """Launch `kernel` on the current device and stream: `args` are its run-time arguments in order.
+
+    Raises:
+        KernelError: it does not compile. SharedMemoryError: it does not fit the device.
+    """
+    if 0 in grid:
+        return
+    if not isinstance(kernel, JITFunction) or not KNOWN:
+        kernel[grid](*args, **constants, num_warps=num_warps, num_stages=num_stages, **options)
+        return
+    binary = prepare(kernel, args, constants, num_warps, num_stages, problem, **options)
+    driver = triton.runtime.driver.active
+    binary.launch(grid, driver.get_current_stream(driver.get_current_device()), (*args, *constants.values()))
+
+
+def prepare(
+    kernel, args: tuple, constants: dict[str, Any], num_warps: int = 4, num_stages: int = 2, problem: Any = None,
+    **options: Any,
+) -> Binary:  # fmt: skip
+    """The compiled kernel for arguments of these kinds on the current device; compiles it at first."""
+    global _compilations
+    device = triton.runtime.driver.active.get_current_device()
+    signature, aligned = describe(kernel, args)
+    key = (
+        kernel,
+        device,
+        signature,
+        aligned,
+        tuple(constants.values()),
+        num_warps,
+        num_stages,
+        tuple(options.items()),
+    )
+    binary = _cache.get(key)
+    if binary is None:
+        with _lock:
+            binary = _cache.get(key)
+            if binary is None:
+                compiled = build(kernel, args, constants, num_warps, num_stages, problem, **options)
+                binary = _load(compiled, kernel, problem)
+                _cache[key] = binary
+                _compilations += 1
+    return binary
+
+
+def build(
+    kernel, args: tuple, constants: dict[str, Any], num_warps: int = 4, num_stages: int = 2, problem: Any = None,
+    target: Any = None, **options: Any,
+):  # fmt: skip
+    """Compile for `target` (default: the current device); needs no GPU when one is given. Tensors may be on "meta"."""
+    signature, aligned = describe(kernel, args)
+    names = kernel.arg_names
+    types = dict(zip(names, signature, strict=False)) | dict.fromkeys(constants, "constexpr")
+    if tuple(types) != tuple(names):
+        raise TypeError(f"{kernel.__name__} takes {names}, got {tuple(types)}")
+    folded = {(len(args) + i,): value for i, value in enumerate(constants.values())}
+    attrs: dict[tuple[int, ...], list] = {}
+    tiles = {name for name, _ in _tiles(names, args)}
+    for i, (name, value) in enumerate(zip(names, args, strict=False)):
+        _fold_none(value, (i,), folded)
+        if aligned and name in tiles:
+            attrs[(i,)] = [["tt.divisibility", 16]]
+            at = names.index(f"{name}_strides")
+            for d in range(len(args[at])):
+                attrs[(at, d)] = [["tt.divisibility", 16 // value.element_size()]]
+    source = _source_class(kernel)(kernel, types, folded, attrs)
+    try:
+        return triton_compile(
+            source, target=target, options=dict(num_warps=num_warps, num_stages=num_stages, **options)
+        )
+    except Exception as error:  # Triton raises its own, LLVM's and ptxas' errors without a common base
+        about = f" for {problem}" if problem is not None else ""
+        raise KernelError(f"{kernel.__name__} does not compile{about} ({constants}): {error}") from error
+
+
+def describe(kernel, args: tuple) -> tuple[tuple, bool]:
+    """(type of each argument, nested as the arguments are; whether every tile is aligned to 16 bytes)."""
+    names = kernel.arg_names
+    signature = tuple(
+        _type(value, "i64" if name.endswith("_strides") else "i32")
+        for name, value in zip(names, args, strict=False)
+    )
+    aligned = all(
+        t.data_ptr() % 16 == 0
+        and all(s * t.element_size() % 16 == 0 for s in args[names.index(f"{name}_strides")])
+        for name, t in _tiles(names, args)
+    )
+    return signature, aligned
+
+
+def _tiles(names: list[str], args: tuple):
+    """(name, tensor) of each tensor parameter that has `<name>_strides` of at least three entries."""
+    by_name = dict(zip(names, args, strict=False))
+    for name, value in by_name.items():
+        if isinstance(value, torch.Tensor) and len(by_name.get(f"{name}_strides", ())) >= 3:
+            yield name, value
+
+
+def _type(value: Any, integer: str) -> Any:
+    kind = type(value)
+    if kind is int:
+        if integer == "i32" and not -(2**31) <= value < 2**31:
+            raise OverflowError(f"{value} does not fit the kernel's 32-bit integer")
+        return integer
+    if kind is tuple:
+        return tuple(_type(x, integer) for x in value)
+    if value is None:
+        return "constexpr"
+    if kind is float:
+        return "fp32"
+    if isinstance(value, torch.Tensor):
+        return "*" + _TYPES[value.dtype]
+    if hasattr(value, "block_shape"):  # a host-side TensorDescriptor; Gluon's carries a layout
+        layout = f",{value.layout!r}" if hasattr(value, "layout") else ""
+        return f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)}{layout}>"
+    raise TypeError(
+        f"a kernel argument must be a tensor, int, float, None or a tuple of these, got {kind.__name__}"
+    )
+
+
+def _fold_none(value: Any, path: tuple[int, ...], folded: dict) -> None:
+    if value is None:
+        folded[path] = None
+    elif type(value) is tuple:
+        for i, x in enumerate(value):
+            _fold_none(x, (*path, i), folded)
+
+
+def _source_class(kernel):
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        return GluonASTSource
+    return ASTSource
+
+
+def _load(compiled, kernel, problem) -> Binary:
+    try:
+        run = compiled.run  # loads the module
+    except OutOfResources as error:
+        about = f" for {problem}" if problem is not None else ""
+        raise SharedMemoryError(f"{kernel.__name__} does not fit this GPU{about}: {error}") from error
+    return Binary(compiled, run, compiled.function, compiled.packed_metadata)
