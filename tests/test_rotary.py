@@ -227,10 +227,10 @@ class TestModule:
     ("change", "error", "message"),
     [
         ({"x": (S, H, D)}, ArgumentValueError, r"x must have shape \(batch, seqlen, heads, dim\)"),
-        ({"cos": (POSITIONS, 9), "sin": (POSITIONS, 9)}, ArgumentValueError, "rotary_dim must be at most the head dim 16, got 18"),
+        ({"cos": (POSITIONS, 9), "sin": (POSITIONS, 9)}, ArgumentValueError, "at most the head dim 16, got 18"),
         ({"cos": (POSITIONS, 3)}, ArgumentValueError, "cos and sin must both have shape"),
         ({"seqlen_offsets": 20}, ArgumentValueError, "at least 25 positions, got 24"),
-        ({"seqlen_offsets": torch.zeros(3, dtype=torch.int32)}, ArgumentValueError, r"seqlen_offsets must have shape \(2,\)"),
+        ({"seqlen_offsets": torch.zeros(3).int()}, ArgumentValueError, r"seqlen_offsets must have shape \(2,\)"),
         ({"seqlen_offsets": torch.zeros(2)}, ArgumentTypeError, "seqlen_offsets must be int32 or int64"),
         ({"cu_seqlens": torch.tensor([0, 5])}, ArgumentValueError, "x must have shape"),
     ],

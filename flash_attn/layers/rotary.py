@@ -51,7 +51,8 @@ def check_rotary(
         batch, seqlen = x.shape[:2]
     if cos.dim() != 2 or cos.shape != sin.shape:
         raise ArgumentValueError(
-            f"cos and sin must both have shape (positions, rotary_dim / 2), got {tuple(cos.shape)} and {tuple(sin.shape)}"
+            "cos and sin must both have shape (positions, rotary_dim / 2), "
+            f"got {tuple(cos.shape)} and {tuple(sin.shape)}"
         )
     if cos.dtype != sin.dtype:
         raise ArgumentTypeError(f"cos and sin must have the same dtype, got {cos.dtype} and {sin.dtype}")
@@ -365,10 +366,9 @@ class RotaryEmbedding(nn.Module):
             raise ArgumentValueError(
                 "max_seqlen must be given with a tensor seqlen_offset before the first use, got None"
             )
-        options = {"interleaved": self.interleaved, "seqlen_offsets": seqlen_offset}
+        style, at = self.interleaved, seqlen_offset
         if kv is None:
-            return apply_rotary_emb_qkv_(qkv, cos, sin, cos_k, sin_k, num_heads_q=num_heads_q, **options)
-        q = apply_rotary_emb(qkv, cos, sin, inplace=True, **options)
-        return q, apply_rotary_emb_kv_(
-            kv, cos if cos_k is None else cos_k, sin if sin_k is None else sin_k, **options
-        )
+            return apply_rotary_emb_qkv_(qkv, cos, sin, cos_k, sin_k, style, at, num_heads_q)
+        q = apply_rotary_emb(qkv, cos, sin, style, inplace=True, seqlen_offsets=at)
+        cos_k, sin_k = cos if cos_k is None else cos_k, sin if sin_k is None else sin_k
+        return q, apply_rotary_emb_kv_(kv, cos_k, sin_k, style, at)
