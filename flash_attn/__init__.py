@@ -6,3 +6,39 @@ from pkgutil import extend_path
 __path__ = extend_path(__path__, __name__)
 
 __version__ = "2.8.4"
+
+from flash_attn.dispatch import explain, use_backend
+from flash_attn.errors import ArgumentTypeError, ArgumentValueError, FlashAttnError, UnsupportedError
+from flash_attn.flash_attn_interface import (
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+    flash_attn_with_kvcache,
+)
+
+__all__ = [
+    "ArgumentTypeError",
+    "ArgumentValueError",
+    "FlashAttnError",
+    "UnsupportedError",
+    "explain",
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
+    "use_backend",
+    "warmup",
+]
+
+
+def warmup(*args, **kwargs):
+    """Compile the kernels of a problem ahead of its first call; see `flash_attn.forward.launch.warmup`."""
+    from flash_attn.forward.launch import warmup as compile_now  # imports triton
+
+    return compile_now(*args, **kwargs)

@@ -6,13 +6,16 @@ and one line in `BACKENDS`. A forced backend never falls back to another.
 
 import importlib
 from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import lru_cache
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from functools import cache, lru_cache
 from types import ModuleType
+
+import torch
 
 from flash_attn.errors import ArgumentValueError, UnsupportedError
 from flash_attn.problem import Problem
-from flash_attn.utils import env
+from flash_attn.utils import device, env
 
 # In order of preference. A name maps to the module that implements
 #   supports(problem, direction) -> str | None      None: can run it; else the reason why not
@@ -30,9 +33,11 @@ FORCED_ONLY = {
 }
 DIRECTIONS = ("forward", "backward")
 
-_forced: str | None = None
+# A context variable: a thread or an asyncio task that forces a backend does not force it for the others.
+_forced: ContextVar[str | None] = ContextVar("flash_attn_backend", default=None)
 
 
+@cache
 def load(name: str) -> ModuleType:
     """The module of backend `name`."""
     known = BACKENDS | FORCED_ONLY
@@ -43,41 +48,60 @@ def load(name: str) -> ModuleType:
 
 def forced_backend() -> str | None:
     """The backend asked for by `use_backend` or FLASH_ATTN_BACKEND, if any."""
-    return _forced if _forced is not None else env.backend()
+    return _forced.get() or env.backend()
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run every call inside the block on backend `name`, or raise if it cannot.
+    """Run every call inside the block, of this thread or task, on backend `name`, or raise if it cannot.
+
+    A backward pass runs where its forward pass was told to run, also outside the block.
 
     Raises:
         ArgumentValueError: no such backend.
     """
-    global _forced
     load(name)
-    before, _forced = _forced, name
+    token = _forced.set(name)
     try:
         yield
     finally:
-        _forced = before
+        _forced.reset(token)
 
 
-def select(problem: Problem, direction: str = "forward") -> ModuleType:
-    """The backend that runs `problem`; raises UnsupportedError with every backend's reason."""
-    return _select(problem, direction, forced_backend())
+def select(
+    problem: Problem, direction: str = "forward", index: int | None = None, forced: str | None = None
+) -> ModuleType:
+    """The backend that runs `problem` on GPU `index` (default: the current one).
+
+    `forced` is a choice made earlier (the forward's, for a backward); default: the choice in force here.
+
+    Raises:
+        UnsupportedError: no backend can, with every backend's reason.
+        ArgumentValueError: FLASH_ATTN_BACKEND names no backend.
+    """
+    where = None if problem.device == "cpu" else device.info(index)
+    return _select(problem, direction, forced or forced_backend(), where, index)
 
 
+# What a backend supports depends on the device too (machines with two kinds of GPU; `device.assume`).
 @lru_cache(maxsize=4096)
-def _select(problem: Problem, direction: str, forced: str | None) -> ModuleType:
+def _select(
+    problem: Problem, direction: str, forced: str | None, where: device.DeviceInfo | None, index: int | None
+) -> ModuleType:
     reasons = {}
-    for name in (forced,) if forced else BACKENDS:
-        backend = load(name)
-        reason = backend.supports(problem, direction)
-        if reason is None:
-            return backend
-        reasons[name] = reason
+    with torch.cuda.device(index) if index is not None and torch.cuda.is_available() else nullcontext():
+        for name in (forced,) if forced else BACKENDS:
+            backend = load(name)
+            reason = backend.supports(problem, direction)
+            if reason is None:
+                return backend
+            reasons[name] = reason
     lines = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-    asked = f"the forced backend cannot run this {direction}" if forced else f"no backend can run this {direction}"
+    asked = (
+        f"the forced backend cannot run this {direction}"
+        if forced
+        else f"no backend can run this {direction}"
+    )
     raise UnsupportedError(f"{asked}: {lines}. Problem: {problem}")
 
 

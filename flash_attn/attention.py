@@ -1,0 +1,161 @@
+"""attention(problem, operands): the one place where autograd meets a backend."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from flash_attn import dispatch
+from flash_attn.backends import empty
+from flash_attn.problem import Operands, Problem
+
+
+class _Call(NamedTuple):
+    """All of a call but the tensors that can have a gradient."""
+
+    problem: Problem
+    ops: Operands  # its q, k, v and sink are the tensors of `_Attention.apply`, or views of them
+    forced: str | None  # backend in force when the call was made: autograd runs backward in another thread
+
+
+def attention(
+    problem: Problem, ops: Operands, packed: Tensor | None = None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention of one described call, differentiable in q, k, v, sink, and through out and lse.
+
+    Args:
+        packed: the tensor of which k and v (B, N, 2, Hk, D), or q, k and v (B, M, 3, H, D), or the
+            same without B, are views. Gradients are then written into one tensor of its shape.
+
+    Returns:
+        out: like q with the head dim of v. lse: fp32 (B, H, M), or (H, total_q) for packed queries:
+        log of the softmax denominator; -inf where a query sees no key (out is 0 there).
+
+    Raises:
+        UnsupportedError: no backend can run the problem.
+    """
+    ops = seeded(problem, ops)
+    if torch.is_grad_enabled():
+        q, k, v, sink = ops.q, ops.k, ops.v, ops.sink
+        base = q if packed is None else packed
+        if base.requires_grad or q.requires_grad or k.requires_grad or v.requires_grad or (
+            sink is not None and sink.requires_grad
+        ):  # fmt: skip
+            # functorch needs setup_context, which makes every eager call 70 us slower (torch 2.13, 2 cores)
+            transformed = torch._C._are_functorch_transforms_active()
+            function = _TransformableAttention if transformed else _Attention
+            call = _Call(problem, ops, dispatch.forced_backend())
+            return function.apply(call, *_inputs(ops, packed))
+    return run_forward(problem, ops)
+
+
+def seeded(problem: Problem, ops: Operands) -> Operands:
+    """ops with a seed and offset for dropout, drawn from torch's generator of the device of q."""
+    if not problem.dropout_p or ops.rng_state is not None:
+        return ops
+    return ops._replace(rng_state=torch.randint(0, 2**62, (2,), device=ops.q.device))
+
+
+def run_forward(problem: Problem, ops: Operands, forced: str | None = None) -> tuple[Tensor, Tensor]:
+    """(out, lse) on the chosen backend, outside autograd, with the device of q current."""
+    q = ops.q
+    if not (q.numel() and ops.k.numel()):
+        return empty.forward(problem, ops)
+    if problem.device == "cpu":
+        return dispatch.select(problem, "forward", None, forced).forward(problem, ops)
+    index = q.get_device()
+    with on_device(problem.device, index):
+        return dispatch.select(problem, "forward", index, forced).forward(problem, ops)
+
+
+def run_backward(problem: Problem, ops: Operands, out, lse, dout, dlse, into, forced: str | None = None):
+    """Gradients on the chosen backend; `into` holds tensors (or None) to write dq, dk and dv into."""
+    q = ops.q
+    if not (q.numel() and ops.k.numel()):
+        return empty.backward(problem, ops, out, lse, dout, dlse, into)
+    if dout.stride(-1) != 1:
+        dout = dout.contiguous()
+    index = None if problem.device == "cpu" else q.get_device()
+    with on_device(problem.device, index):
+        backend = dispatch.select(problem, "backward", index, forced)
+        return backend.backward(problem, ops, out, lse, dout, dlse, into)
+
+
+def on_device(device_type: str, index: int | None) -> AbstractContextManager[Any]:
+    """Make GPU `index` current where it is not: kernels launch on the current device."""
+    if device_type == "cuda" and index != torch.cuda.current_device():
+        return torch.cuda.device(index)
+    return nullcontext()
+
+
+def _inputs(ops: Operands, packed: Tensor | None) -> tuple[Tensor, ...]:
+    """The tensors of a call that can have a gradient: (qkv,), (q, kv) or (q, k, v), then the sink."""
+    if packed is None:
+        inputs: tuple[Tensor, ...] = (ops.q, ops.k, ops.v)
+    else:
+        inputs = (packed,) if packed.shape[-3] == 3 else (ops.q, packed)
+    return inputs if ops.sink is None else (*inputs, ops.sink)
+
+
+def _views(ops: Operands, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v out of what `_inputs` gave; used on tensors and on their gradients."""
+    inputs = inputs if ops.sink is None else inputs[:-1]
+    if len(inputs) == 1:
+        q, k, v = inputs[0].unbind(-3)
+    elif len(inputs) == 2:
+        q, (k, v) = inputs[0], inputs[1].unbind(-3)
+    else:
+        q, k, v = inputs
+    return q, k, v
+
+
+def _save(ctx, call: _Call, inputs: tuple[Tensor, ...], out: Tensor, lse: Tensor) -> None:
+    ctx.save_for_backward(*inputs, out, lse)
+    # Indices, lengths, slopes and the dropout seed carry no gradient; q, k and v are not kept twice.
+    ctx.call = call._replace(ops=call.ops._replace(q=None, k=None, v=None))  # type: ignore[arg-type]
+    ctx.set_materialize_grads(False)
+
+
+class _Attention(torch.autograd.Function):
+    """apply(call, *inputs) -> (out, lse)."""
+
+    @staticmethod
+    def forward(ctx, call: _Call, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = run_forward(call.problem, call.ops, call.forced)
+        _save(ctx, call, inputs, out, lse)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout: Tensor | None, dlse: Tensor | None):
+        *inputs, out, lse = ctx.saved_tensors
+        problem, ops, forced = ctx.call
+        if dout is None:
+            dout = torch.zeros_like(out)
+        q, k, v = _views(ops, inputs)
+        sink = None if ops.sink is None else inputs[-1]
+        ops = ops._replace(q=q, k=k, v=v, sink=sink)
+        # contiguous, not empty_like: the gradient of an expanded k must not overlap itself
+        grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs]
+        into = _views(ops, tuple(grads))
+        result = run_backward(problem, ops, out, lse, dout, dlse, into, forced)
+        if sink is not None:
+            grads[-1] = result.dsink
+        return None, *grads
+
+
+class _TransformableAttention(_Attention):
+    """The same for torch.func transforms."""
+
+    @staticmethod
+    def forward(call: _Call, *inputs: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        q, k, v = _views(call.ops, inputs)
+        sink = None if call.ops.sink is None else inputs[-1]
+        return run_forward(call.problem, call.ops._replace(q=q, k=k, v=v, sink=sink), call.forced)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        call, *tensors = inputs
+        _save(ctx, call, tuple(tensors), *output)
