@@ -1,0 +1,54 @@
+"""The portable kernels: one Triton family for every GPU that Triton supports."""
+
+import importlib.util
+import os
+
+from torch import Tensor
+
+from flash_attn.problem import Gradients, Operands, Problem
+from flash_attn.utils import device
+
+OLDEST = (7, 5)  # compute capability: the first with tensor cores that Triton still compiles for
+
+
+def supports(problem: Problem, direction: str) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    if problem.device == "cpu":
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            return "runs on GPUs, the tensors are on the CPU"
+        from flash_attn.dispatch import forced_backend
+
+        if forced_backend() != "triton":
+            return "interprets kernels on the CPU only when asked for by name"
+    elif problem.device == "cuda":
+        found = device.info()
+        if found is not None and not found.hip and found.capability < OLDEST:
+            return f"needs compute capability {OLDEST[0]}.{OLDEST[1]}, {found.name} has {found.capability}"
+    elif problem.device != "xpu":
+        return f"runs on cuda, hip and xpu devices, not on {problem.device}"
+    if direction == "forward":
+        from flash_attn.forward import launch
+    else:
+        from flash_attn.backward import launch
+    return launch.supports(problem)
+
+
+def forward(problem: Problem, ops: Operands) -> tuple[Tensor, Tensor]:
+    from flash_attn.forward import launch
+
+    return launch.forward(problem, ops)
+
+
+def backward(
+    problem: Problem,
+    ops: Operands,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None = None,
+    into: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
+) -> Gradients:
+    from flash_attn.backward import launch
+
+    return launch.backward(problem, ops, out, lse, dout, dlse, into)

@@ -1,0 +1,130 @@
+"""Launch of the forward kernel: Problem + Operands -> (out, lse)."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flash_attn.forward.kernel import Features, attn_fwd
+from flash_attn.problem import Operands, Problem
+from flash_attn.reference.dropout import threshold
+from flash_attn.tile.score import factors
+from flash_attn.tuning import table
+from flash_attn.tuning.config import FwdConfig, pieces, smaller
+from flash_attn.utils import launcher
+
+L2_BYTES = 16 * 2**20  # keys and values that a section of heads may occupy: well below any data-centre L2
+
+
+class Launch(NamedTuple):
+    """One kernel launch, so that it can also be printed, timed or compiled without a GPU."""
+
+    kernel: Any
+    grid: tuple[int, int, int]
+    args: tuple  # run-time arguments, in the kernel's order
+    constants: dict[str, Any]  # compile-time arguments
+    num_warps: int
+    num_stages: int
+
+
+def supports(problem: Problem) -> str | None:
+    """None, or why this kernel cannot run the forward of `problem`."""
+    if problem.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"dtype must be float16, bfloat16 or float32, got {problem.dtype}"
+    if max(problem.head_dim, problem.head_dim_v) > 512:
+        return f"head_dim is at most 512, got {max(problem.head_dim, problem.head_dim_v)}"
+    return None
+
+
+def empty_outputs(problem: Problem, q: Tensor) -> tuple[Tensor, Tensor]:
+    """(out, lse), not initialised."""
+    rows = q.shape[:-2]
+    lse_shape = (problem.heads, *rows) if problem.varlen_q else (problem.batch, problem.heads, problem.max_q)
+    out = torch.empty((*rows, problem.heads, problem.head_dim_v), dtype=q.dtype, device=q.device)
+    return out, torch.empty(lse_shape, dtype=torch.float32, device=q.device)
+
+
+def forward(problem: Problem, ops: Operands) -> tuple[Tensor, Tensor]:
+    """out like q with the head dim of v, and lse in fp32: (B, H, M) or (H, total_q). See `attn_fwd`."""
+    out, lse = empty_outputs(problem, ops.q)
+    config = table.forward_config(problem)
+    while True:
+        step = plan(problem, ops, out, lse, config)
+        try:
+            launcher.launch(*step, problem=problem)
+            return out, lse
+        except launcher.SharedMemoryError:
+            less = smaller(config)
+            if less is None:
+                raise
+            config = less
+
+
+def plan(problem: Problem, ops: Operands, out: Tensor, lse: Tensor, config: FwdConfig) -> Launch:
+    """The launch that computes `problem` with the tiles of `config`."""
+    constants = dict(F=features(problem, config), BLOCK_M=config.block_m, BLOCK_N=config.block_n) | head_dims(
+        problem
+    )
+    blocks, programs = grid(problem, ops.q.shape[0], config.block_m)
+    table_, slopes = ops.block_table, ops.alibi_slopes
+    args = (
+        ops.q, ops.k, ops.v, out, lse,
+        strides(ops.q), strides(ops.k), strides(ops.v), strides(out),
+        (0, lse.stride(0)) if problem.varlen_q else lse.stride()[:2],
+        (ops.cu_seqlens_q, ops.cu_seqlens_k, ops.seqused_q, ops.seqused_k, ops.leftpad_k, ops.cache_batch_idx),
+        (table_, 0 if table_ is None else table_.stride(0), max(problem.page_size, 1)),
+        (problem.max_q, problem.max_k, problem.group, problem.heads, problem.batch, blocks, section(problem),
+         ops.q.shape[0]),
+        (problem.left or 0, problem.right or 0), factors(problem.scale, problem.softcap),
+        slopes, 0 if slopes is None or slopes.dim() == 1 else slopes.stride(0), ops.sink,
+        ops.rng_state, threshold(problem.dropout_p), 1.0 / (1.0 - problem.dropout_p),
+    )  # fmt: skip
+    return Launch(attn_fwd, (programs, 1, 1), args, constants, config.num_warps, config.num_stages)
+
+
+def features(problem: Problem, config: FwdConfig) -> Features:
+    return Features(
+        left=problem.left is not None,
+        right=problem.right is not None,
+        softcap=problem.softcap > 0,
+        alibi=problem.alibi,
+        dropout=problem.dropout_p > 0,
+        positive=problem.scale > 0 or problem.softcap > 0,
+        page_tiles=problem.paged and not problem.leftpad and problem.page_size % config.block_n == 0,
+        precision=precision(problem.dtype),
+    )
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How fp32 is multiplied: as `torch.set_float32_matmul_precision` says, exactly unless it allows tf32."""
+    if dtype is torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        return "tf32"
+    return "ieee"
+
+
+def head_dims(problem: Problem) -> dict[str, int]:
+    """The constants that say how tiles cover the head dimensions; a second tile that is not needed is 16 wide."""
+    (d, d2), (dv, dv2) = pieces(problem.head_dim), pieces(problem.head_dim_v)
+    return dict(
+        D=problem.head_dim, DV=problem.head_dim_v, BLOCK_D=d, BLOCK_D2=d2 or 16, BLOCK_DV=dv, BLOCK_DV2=dv2 or 16
+    )  # fmt: skip
+
+
+def grid(problem: Problem, rows: int, block_m: int) -> tuple[int, int]:
+    """(blocks of rows that a head has, programs); `rows` is the length of a packed q, see `rows.packed_tile`."""
+    if problem.varlen_q:
+        blocks = rows // block_m + problem.batch + 1
+        return blocks, blocks * problem.heads
+    blocks = -(-problem.max_q // block_m)
+    return blocks, blocks * problem.heads * problem.batch
+
+
+def section(problem: Problem) -> int:
+    """Query heads whose keys and values together fit the L2 cache."""
+    head = problem.max_k * (problem.head_dim + problem.head_dim_v) * problem.dtype.itemsize // problem.group
+    return max(1, L2_BYTES // max(head, 1))
+
+
+def strides(x: Tensor) -> tuple[int, int, int]:
+    """(batch, row, head); a packed tensor has batch stride 0. Pages are a batch of page_size rows."""
+    return x.stride()[:3] if x.dim() == 4 else (0, *x.stride()[:2])

@@ -1,0 +1,130 @@
+"""The Triton forward kernel against the fp64 oracle: every feature and all pairs of features, on tiny tiles.
+
+Runs on the interpreter (TRITON_INTERPRET=1) or a GPU. Outputs start as NaN, and so does all memory that no row may
+read, so an unwritten or leaked element shows.
+"""
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from cases import CASES, Case, build, ids  # noqa: E402
+
+from flash_attn.forward import launch  # noqa: E402
+from flash_attn.reference import attention, eager  # noqa: E402
+from flash_attn.tuning import table  # noqa: E402
+from flash_attn.tuning.config import FwdConfig  # noqa: E402
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+pytestmark = [
+    pytest.mark.skipif(
+        not INTERPRETED and not torch.cuda.is_available(), reason="needs the interpreter or a GPU"
+    ),
+    # Triton's interpreter takes loop bounds from arrays of one element
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
+]
+DEVICE = "cpu" if INTERPRETED else "cuda"
+# Two configurations meet both kinds of tile against the lengths of cases.py: 17 x 24 is one tile or many.
+SMALL, WIDE = FwdConfig(16, 16, 4, 1), FwdConfig(32, 16, 4, 1)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs(monkeypatch):
+    allocate = launch.empty_outputs
+
+    def poisoned(problem, q):
+        out, lse = allocate(problem, q)
+        return out.fill_(torch.nan), lse.fill_(torch.nan)
+
+    monkeypatch.setattr(launch, "empty_outputs", poisoned)
+
+
+def check(problem, ops, config=SMALL):
+    """Error of out at most twice that of PyTorch in the same precision, and one rounding; lse to fp32."""
+    with table.override(config):
+        out, lse = launch.forward(problem, ops)
+    want, want_lse = attention.forward(problem, ops)
+    assert out.dtype == problem.dtype and out.shape == want.shape and lse.shape == want_lse.shape
+    plain, plain_lse = eager.forward(problem, ops)
+    rounding = torch.finfo(problem.dtype).eps * want.abs().max().item()
+    budget = 2 * (plain.double() - want).abs().max().item() + rounding
+    assert torch.equal(out.isfinite(), want.isfinite())
+    assert (out.double() - want).abs().max().item() <= budget
+    assert torch.equal(lse.isfinite(), want_lse.isfinite())
+    assert torch.equal(lse[~lse.isfinite()], want_lse[~lse.isfinite()].float())
+    seen = want_lse.isfinite()
+    errors = [(x.double() - want_lse)[seen].abs() for x in (lse, plain_lse)]
+    if seen.any():
+        scale = max(1.0, want_lse[seen].abs().max().item())
+        assert errors[0].max() <= 2 * errors[1].max() + 4 * torch.finfo(torch.float32).eps * scale
+    return out, lse
+
+
+@pytest.mark.parametrize("case", CASES, ids=ids)
+def test_equals_the_oracle(case):
+    problem, ops, *_ = build(case, DEVICE)
+    check(problem, ops, WIDE if case.id == "several_tiles" else SMALL)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["causal", "window", "alibi", "softcap_dropout", "packed", "paged_page_1"])
+def test_half_precision(name, dtype):
+    case = next(c for c in CASES if c.id == name)
+    problem, ops, *_ = build(case, DEVICE, dtype=dtype)
+    check(problem, ops)
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_any_scale(scale):
+    check(*build(Case("scale", scale=scale, causal=True), DEVICE)[:2])
+
+
+def test_strides_are_free_but_for_the_last_dimension():
+    problem, ops, *_ = build(Case("strided", causal=True), DEVICE)
+    parts = [
+        torch.randn(2, 3, n, h, 48, device=DEVICE)[:, 1, :, :, 20:36] for n, h in ((17, 4), (23, 2), (23, 2))
+    ]
+    parts[0] = parts[0].transpose(1, 2).contiguous().transpose(1, 2)
+    check(problem, ops._replace(q=parts[0], k=parts[1], v=parts[2]))
+
+
+def test_page_that_holds_whole_tiles_is_read_tile_by_tile():
+    case = Case("paged", max_q=5, max_k=64, seqused_k=(40, 64), page_size=32, causal=True)
+    problem, ops, *_ = build(case, DEVICE)
+    assert launch.features(problem, SMALL).page_tiles
+    check(problem, ops)
+
+
+@pytest.mark.parametrize(
+    "config", [FwdConfig(16, 32, 4, 1), FwdConfig(64, 16, 4, 1), FwdConfig(32, 64, 4, 1)]
+)
+@pytest.mark.parametrize("name", ["window", "several_tiles", "packed"])
+def test_tile_sizes_do_not_matter(name, config):
+    problem, ops, *_ = build(next(c for c in CASES if c.id == name), DEVICE)
+    check(problem, ops, config)
+
+
+def test_sections_cover_every_head_and_block(monkeypatch):
+    """Heads per section that do not divide the number of heads leave a narrower last section."""
+    problem, ops, *_ = build(Case("sections", batch=3, heads=5, kv_heads=5, max_q=40, causal=True), DEVICE)
+    for width in (1, 2, 4, 15, 100):
+        monkeypatch.setattr(launch, "section", lambda problem, w=width: w)
+        check(problem, ops)
+
+
+def test_rows_that_nobody_owns_are_written():
+    """Behind cu_seqlens[-1] out is 0 and lse -inf, several tiles of them too."""
+    problem, ops, *_ = build(Case("tail", batch=2, packed_q=(3, 5), packed_k=(4, 6)), DEVICE)
+    tail = torch.full((50, *ops.q.shape[1:]), torch.nan, device=DEVICE)
+    check(problem, ops._replace(q=torch.cat([ops.q, tail])))
+
+
+def test_many_sequences():
+    """More than the 128 that one step of the search for a tile's sequence looks at."""
+    lengths = tuple(i % 3 for i in range(150))
+    case = Case(
+        "many", batch=150, heads=1, kv_heads=1, max_q=2, max_k=2, packed_q=lengths, packed_k=lengths[::-1]
+    )
+    check(*build(case, DEVICE)[:2])
