@@ -172,8 +172,10 @@ def run(problem: Problem, ops: Operands, config: FwdConfig, spans: int) -> tuple
     return out, lse
 
 
-def plan(problem: Problem, ops: Operands, out: Tensor, lse: Tensor, config: FwdConfig, spans: int):
-    """(kernel, grid, args, constants, num_warps, num_stages); with spans > 1, out and lse have a leading span axis."""
+def plan(
+    problem: Problem, ops: Operands, out: Tensor, lse: Tensor, config: FwdConfig, spans: int
+) -> launch.Launch:
+    """The launch of `attn_decode`; with spans > 1, out and lse have a leading span axis."""
     one_out, one_lse = (out, lse) if spans == 1 else (out[0], lse[0])
     blocks = triton.cdiv(splits.rows(problem), config.block_m)
     slopes, table = ops.alibi_slopes, ops.block_table
@@ -196,4 +198,4 @@ def plan(problem: Problem, ops: Operands, out: Tensor, lse: Tensor, config: FwdC
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, STAGES=config.num_stages,
     )  # fmt: skip
     grid = (problem.kv_heads * spans * blocks * problem.batch, 1, 1)
-    return attn_decode, grid, args, constants, config.num_warps, config.num_stages
+    return launch.Launch(attn_decode, grid, args, constants, config.num_warps, config.num_stages)

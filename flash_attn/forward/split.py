@@ -55,8 +55,8 @@ def attn_combine(
 
 def plan(
     problem: Problem, partial: Tensor, partial_lse: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor | None
-):
-    """(kernel, grid, args, constants, num_warps, num_stages) that merges partial (S, *out) and partial_lse (S, *lse)."""
+) -> launch.Launch:
+    """The launch that merges partial (spans, *out) and partial_lse (spans, *lse) into out and lse."""
     packed = problem.varlen_q
     length, sequences = (out.shape[0], 1) if packed else (problem.max_q, problem.batch)
     block_dv = max(16, triton.next_power_of_2(problem.head_dim_v))
@@ -66,4 +66,4 @@ def plan(
         (partial.shape[0], length, problem.heads, problem.batch), cu_q,
     )  # fmt: skip
     constants = dict(DV=problem.head_dim_v, BLOCK_DV=block_dv, BLOCK_S=max(4, 4096 // block_dv))
-    return attn_combine, (sequences * length * problem.heads, 1, 1), args, constants, 4, 2
+    return launch.Launch(attn_combine, (sequences * length * problem.heads, 1, 1), args, constants, 4, 2)
