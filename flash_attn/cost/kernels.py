@@ -1,0 +1,327 @@
+"""Time of attention kernels on a GPU: tiles, waves, exps, traffic and launches, with five constants a family.
+
+A call is a few *passes* (kernels). A pass is a list of work items (a tile of rows, or of keys in the backward) that
+the processors take one after the other, the longest first; an item is a number of *steps* over the other side, each a
+block of scores. One step on one processor takes
+
+    products / (c.matrix x data-sheet rate) + exps x c.exp / data-sheet exp rate + c.step
+
+and an item costs c.tile on top, for its first loads and its epilogue. The pass lasts as long as its busiest processor,
+and at least as long as its traffic through memory and L2. `c` comes from `data/kernels.json`, where `fit.py` puts it.
+"""
+
+import heapq
+import json
+from collections.abc import Sequence
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+from flash_attn.cost.counts import count, sequences, tile_steps, visible_keys
+from flash_attn.cost.hardware import SUSTAINED_BANDWIDTH, SUSTAINED_L2, Hardware, get_hardware
+from flash_attn.errors import ArgumentValueError
+from flash_attn.kvcache import splits
+from flash_attn.problem import Problem
+from flash_attn.utils.device import DeviceInfo
+
+BACKENDS = ("hopper", "triton", "cpu")
+KINDS = ("forward", "backward", "decode")
+SIMULATED = 30_000  # work items above which the schedule is estimated instead of played through
+
+
+class Constants(NamedTuple):
+    """What the data sheet does not say about a kernel family; see the module's formula."""
+
+    matrix: float  # share of the data-sheet matrix rate that the products reach
+    exp: float  # exposed time of the softmax, in units of the exps' data-sheet time
+    step: float  # s a step
+    tile: float  # s a work item
+    launch: float  # s a call
+
+
+class Tile(NamedTuple):
+    block_m: int
+    block_n: int
+
+
+class Pass(NamedTuple):
+    """One kernel: `items` are (steps, how many items have that many)."""
+
+    name: str
+    items: tuple[tuple[int, int], ...]
+    resident: int  # programs that share a processor, each hiding the others' waits
+    step_flops: float
+    step_exps: float
+    memory_bytes: float
+    l2_bytes: float
+
+
+class Estimate(NamedTuple):
+    """Predicted time of one call."""
+
+    time_s: float
+    bound: str  # the largest of `parts`
+    parts: dict[str, float]  # seconds; they add up to time_s
+    backend: str
+    kind: str
+    hardware: str
+    tile: Tile
+    matmul_flops: int  # of the visible pairs
+    bytes: int  # that must move
+
+    @property
+    def tflops(self) -> float:
+        return self.matmul_flops / self.time_s / 1e12
+
+    @property
+    def gbs(self) -> float:
+        return self.bytes / self.time_s / 1e9
+
+
+# (block_m, block_n) by padded head dimension; the Triton ones are `tuning.table`'s rules.
+FORWARD_TILES = {
+    "hopper": {64: Tile(192, 128), 128: Tile(128, 128), 256: Tile(128, 64)},
+    "triton": {64: Tile(128, 64), 128: Tile(128, 64), 256: Tile(128, 64), 512: Tile(64, 32)},
+}
+# (queries a step, keys of an item)
+BACKWARD_TILES = {
+    "hopper": {64: Tile(128, 128), 128: Tile(64, 128), 256: Tile(64, 64)},
+    "triton": {64: Tile(64, 128), 128: Tile(64, 128), 256: Tile(64, 64), 512: Tile(32, 32)},
+}
+
+
+@cache
+def _stored() -> dict[str, Constants]:
+    text = (Path(__file__).parent / "data" / "kernels.json").read_text()
+    return {name: Constants(**values) for name, values in json.loads(text)["families"].items()}
+
+
+def constants(backend: str, kind: str) -> Constants:
+    family = f"{backend}/{kind}"
+    known = _stored()
+    if family not in known:
+        raise ArgumentValueError(f"kernel family must be one of {', '.join(known)}, got {family}")
+    return known[family]
+
+
+def choose(problem: Problem, hardware: Hardware, direction: str) -> str:
+    """The backend that serves `problem` on `hardware` when none is asked for."""
+    if hardware.processors == 0 or "fp64" in hardware.matrix:
+        return "cpu"
+    half = problem.dtype.itemsize == 2
+    features = problem.dropout_p or problem.alibi or problem.leftpad
+    if hardware.name in ("h100", "h200") and half and max(problem.head_dim, problem.head_dim_v) <= 256 and not features:
+        return "hopper"
+    return "triton"
+
+
+def kind_of(problem: Problem, direction: str, hardware: Hardware) -> str:
+    """Which family of kernels serves the call."""
+    if direction == "backward":
+        return "backward"
+    device = DeviceInfo(hardware.title, (0, 0), hardware.processors, 0)
+    return "decode" if splits.wants(problem, device) else "forward"
+
+
+def estimate(
+    problem: Problem,
+    direction: str = "forward",
+    hardware: "str | Hardware" = "h200",
+    backend: str | None = None,
+    lens_q: Sequence[int] | None = None,
+    lens_k: Sequence[int] | None = None,
+    tile: Tile | None = None,
+    c: Constants | None = None,
+    kind: str | None = None,
+) -> Estimate:
+    """Predicted time of `problem`, and what it is spent on.
+
+    Args:
+        direction: "forward" or "backward" (the backward alone).
+        backend: "hopper", "triton" or "cpu"; None: the one that would run it.
+        lens_q, lens_k: length of every sequence; default: all are max_q, max_k long.
+        tile: other tile sizes than the kernel's own, to rank choices. c: other constants.
+        kind: the family of kernels, "forward", "backward" or "decode"; None: the one that would serve.
+
+    Raises:
+        ArgumentValueError: a size is wrong, or hardware, backend or direction is unknown.
+    """
+    hw = get_hardware(hardware)
+    work = count(problem, direction, lens_q, lens_k)
+    backend = backend or choose(problem, hw, direction)
+    if backend not in BACKENDS:
+        raise ArgumentValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    kind = direction if backend == "cpu" else kind or kind_of(problem, direction, hw)
+    family = "triton" if kind == "decode" else backend  # one split kernel serves every GPU
+    c = c or constants(family, kind)
+    rate = hw.matrix_rate(str(problem.dtype).removeprefix("torch."))
+    if backend == "cpu":
+        return _on_cpu(work, hw, c, rate, kind)
+    if kind == "decode":
+        return _decode(problem, sequences(problem, lens_q, lens_k), work, hw, c)
+    tile = tile or default_tile(problem, backend, kind)
+    lens = tuple(None if lens is None else tuple(lens) for lens in (lens_q, lens_k))
+    passes = plan(problem, direction, backend, tile, lens)
+    parts: dict[str, float] = dict.fromkeys(("matrix", "softmax", "overhead", "imbalance", "memory", "l2"), 0.0)
+    for one in passes:
+        for name, value in _pass_time(one, hw, c, rate).items():
+            parts[name] += value
+    parts["launch"] = c.launch
+    return _result(parts, backend, kind, hw, tile, work)
+
+
+def default_tile(problem: Problem, backend: str, kind: str) -> Tile:
+    tiles = (FORWARD_TILES if kind == "forward" else BACKWARD_TILES)[backend]
+    dim = max(_padded(problem))
+    return tiles[dim if dim in tiles else max(tiles)]
+
+
+@lru_cache(maxsize=4096)
+def plan(problem: Problem, direction: str, backend: str, tile: Tile, lens: tuple) -> tuple[Pass, ...]:
+    """The kernels of a call; what does not depend on the constants."""
+    shapes, work = sequences(problem, *lens), count(problem, direction, *lens)
+    return (_forward if direction == "forward" else _backward)(problem, shapes, work, tile, _padded(problem), backend)
+
+
+def _result(parts: dict[str, float], backend: str, kind: str, hw: Hardware, tile: Tile, work) -> Estimate:
+    bound = max(parts, key=lambda name: parts[name])
+    total = sum(parts.values())
+    return Estimate(total, bound, parts, backend, kind, hw.name, tile, work.matmul_flops, work.flash_bytes)
+
+
+def _pass_time(one: Pass, hw: Hardware, c: Constants, rate: float) -> dict[str, float]:
+    """Seconds by cause; memory and L2 appear only as far as they exceed the rest."""
+    matrix = one.step_flops / (c.matrix * rate / hw.processors)
+    softmax = one.step_exps * c.exp / (hw.exps / hw.processors)
+    step = (matrix + softmax + c.step) * one.resident
+    workers = hw.processors * one.resident
+    items = [(steps * step + c.tile, copies) for steps, copies in one.items]
+    total = sum(cost * copies for cost, copies in items) / workers
+    steps = sum(steps * copies for steps, copies in one.items) / hw.processors
+    busy = makespan(items, workers)
+    memory = one.memory_bytes / (hw.bandwidth * SUSTAINED_BANDWIDTH)
+    l2 = one.l2_bytes / (hw.l2_bandwidth * SUSTAINED_L2)
+    parts = {"matrix": steps * matrix, "softmax": steps * softmax}
+    parts["overhead"] = total - sum(parts.values())
+    parts["imbalance"] = busy - total
+    parts["memory"] = max(0.0, memory - max(busy, l2))
+    parts["l2"] = max(0.0, l2 - max(busy, memory)) if l2 > memory else 0.0
+    return parts
+
+
+def makespan(items: Sequence[tuple[float, int]], workers: int) -> float:
+    """When the last of `workers` finishes, if each takes the longest item that is left as soon as it is free."""
+    items = sorted((item for item in items if item[1]), reverse=True)
+    if not items:
+        return 0.0
+    total, longest = sum(cost * copies for cost, copies in items), items[0][0]
+    number = sum(copies for _, copies in items)
+    if number <= workers:
+        return longest
+    if len({cost for cost, _ in items}) == 1:
+        return -(-number // workers) * longest
+    if number > SIMULATED:
+        return total / workers + items[-1][0] / 2
+    free = [0.0] * workers
+    for cost, copies in items:
+        for _ in range(copies):
+            heapq.heapreplace(free, free[0] + cost)
+    return max(free)
+
+
+def _padded(problem: Problem) -> tuple[int, int]:
+    """Head dimensions as the tiles hold them."""
+    d, dv = (max(16, 1 << (dim - 1).bit_length()) for dim in (problem.head_dim, problem.head_dim_v))
+    return max(d, 64), max(dv, 64)
+
+
+def _forward(problem: Problem, shapes, work, tile: Tile, padded: tuple[int, int], backend: str) -> tuple[Pass, ...]:
+    items: dict[int, int] = {}
+    l2 = hbm = 0.0
+    token = problem.kv_heads * (problem.head_dim + problem.head_dim_v) * problem.dtype.itemsize
+    for (m, n), times in shapes.items():
+        steps = tile_steps(m, n, problem.left, problem.right, *tile)
+        for s in steps:
+            items[s] = items.get(s, 0) + times * problem.heads
+        l2 += sum(steps) * tile.block_n * token * problem.group * times
+        hbm += visible_keys(m, n, problem.left, problem.right) * token * times
+    block = tile.block_m * tile.block_n
+    own = sum(work.tensors[name] for name in ("q", "out", "lse"))
+    flops = 2 * block * sum(padded)
+    resident = 2 if backend == "triton" and max(padded) <= 64 else 1
+    return (Pass("forward", tuple(items.items()), resident, flops, block, hbm + own, l2 + own),)
+
+
+def _key_items(problem: Problem, shapes, tile: Tile) -> tuple[tuple[int, int], ...]:
+    """Backward work items: a block of keys of one kv head, its steps over the queries of the whole group."""
+    items: dict[int, int] = {}
+    for (m, n), times in shapes.items():
+        # Seen from the keys the mask is the same band with its sides exchanged.
+        for s in tile_steps(n, m, problem.right, problem.left, tile.block_n, tile.block_m):
+            steps = s * problem.group
+            items[steps] = items.get(steps, 0) + times * problem.kv_heads
+    return tuple(items.items())
+
+
+def _backward(problem: Problem, shapes, work, tile: Tile, padded: tuple[int, int], backend: str) -> tuple[Pass, ...]:
+    d, dv = padded
+    block, t = tile.block_m * tile.block_n, work.tensors
+    keys = _key_items(problem, shapes, tile)
+    reads = t["q"] + t["k"] + t["v"] + t["dout"]
+    # Bytes of Q, dO and the row statistics that one step loads.
+    step_bytes = tile.block_m * ((problem.head_dim + problem.head_dim_v) * problem.dtype.itemsize + 8)
+    steps = sum(s * copies for s, copies in keys)
+    before = Pass("row statistics", (), 1, 0, 0, t["out"] + t["dout"] + 3 * t["lse"], 0)
+    if backend == "hopper":
+        wide = work.rows * problem.head_dim * 4  # dQ in fp32
+        l2 = steps * (step_bytes + tile.block_m * problem.head_dim * 4)
+        main = Pass("dk dv dq", keys, 1, 2 * block * (3 * d + 2 * dv), block, reads + t["dk"] + t["dv"], l2)
+        before = before._replace(memory_bytes=before.memory_bytes + wide)
+        return before, main, Pass("dq", (), 1, 0, 0, wide + t["dq"], 0)
+    rows: dict[int, int] = {}
+    turned = Tile(tile.block_n, tile.block_m)
+    for (m, n), times in shapes.items():
+        for s in tile_steps(m, n, problem.left, problem.right, *turned):
+            rows[s] = rows.get(s, 0) + times * problem.heads
+    l2_rows = sum(s * copies for s, copies in rows.items()) * step_bytes
+    resident = 2 if d <= 64 else 1
+    dkdv = Pass("dk dv", keys, resident, 4 * block * (d + dv), block, reads + t["dk"] + t["dv"], steps * step_bytes)
+    dq_flops = 2 * block * (2 * d + dv)
+    return before, dkdv, Pass("dq", tuple(rows.items()), resident, dq_flops, block, reads + t["dq"], l2_rows)
+
+
+def _decode(problem: Problem, shapes, work, hw: Hardware, c: Constants) -> Estimate:
+    """Reading K and V once: bound by the bandwidth, or by how fast so many programs can ask for it.
+
+    Here `c.matrix` is the share of the data-sheet bandwidth that is reached, `c.tile` the time of a key tile in one
+    program when bandwidth is free, `c.step` the merge of the spans: a second kernel.
+    """
+    config = splits.configs(problem, 227 * 1024)[0]
+    spans = splits.num_splits(problem, config, hw.processors)
+    programs = problem.kv_heads * spans * -(-splits.rows(problem) // config.block_m)
+    tiles: dict[float, int] = {}
+    for (m, n), times in shapes.items():
+        keys = visible_keys(m, n, problem.left, problem.right)
+        # All spans are planned for the longest sequence, so those of shorter ones hold fewer tiles.
+        each = -(-(-(-keys // config.block_n)) // spans)
+        tiles[each] = tiles.get(each, 0) + times * programs
+    items = [(each * c.tile, number) for each, number in tiles.items()]
+    asking = makespan(items, 2 * hw.processors)
+    rate = hw.bandwidth * c.matrix
+    partial = 2 * spans * work.rows * (problem.head_dim_v + 1) * 4 if spans > 1 else 0
+    memory = (work.flash_bytes + partial) / rate
+    parts = {
+        "memory": memory,
+        "latency": max(0.0, asking - memory),
+        "combine": c.step if spans > 1 else 0.0,
+        "launch": c.launch,
+    }
+    return _result(parts, "triton", "decode", hw, Tile(config.block_m, config.block_n), work)
+
+
+def _on_cpu(work, hw: Hardware, c: Constants, rate: float, kind: str) -> Estimate:
+    """No tiles worth modelling: products at a share of the peak, exps, memory."""
+    matrix, softmax = work.matmul_flops / (c.matrix * rate), work.exps * c.exp / hw.exps
+    memory = max(0.0, work.flash_bytes / (hw.bandwidth * SUSTAINED_BANDWIDTH) - matrix - softmax)
+    parts = {"matrix": matrix, "softmax": softmax, "memory": memory, "launch": c.launch}
+    return _result(parts, "cpu", kind, hw, Tile(0, 0), work)
