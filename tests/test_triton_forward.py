@@ -10,7 +10,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from cases import CASES, Case, build, ids  # noqa: E402
+from cases import CASES, SINGLE, Case, build, ids  # noqa: E402
 
 from flash_attn.forward import launch  # noqa: E402
 from flash_attn.reference import attention, eager  # noqa: E402
@@ -26,7 +26,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
 ]
 DEVICE = "cpu" if INTERPRETED else "cuda"
-# Two configurations meet both kinds of tile against the lengths of cases.py: 17 x 24 is one tile or many.
 SMALL, WIDE = FwdConfig(16, 16, 4, 1), FwdConfig(32, 16, 4, 1)
 
 
@@ -42,33 +41,31 @@ def poisoned_outputs(monkeypatch):
 
 
 def check(problem, ops, config=SMALL):
-    """Error of out at most twice that of PyTorch in the same precision, and one rounding; lse to fp32."""
+    """Error of out and lse at most twice that of PyTorch in the same precision, and one rounding of the result."""
     with table.override(config):
-        out, lse = launch.forward(problem, ops)
-    want, want_lse = attention.forward(problem, ops)
-    assert out.dtype == problem.dtype and out.shape == want.shape and lse.shape == want_lse.shape
-    plain, plain_lse = eager.forward(problem, ops)
-    rounding = torch.finfo(problem.dtype).eps * want.abs().max().item()
-    budget = 2 * (plain.double() - want).abs().max().item() + rounding
-    assert torch.equal(out.isfinite(), want.isfinite())
-    assert (out.double() - want).abs().max().item() <= budget
-    assert torch.equal(lse.isfinite(), want_lse.isfinite())
-    assert torch.equal(lse[~lse.isfinite()], want_lse[~lse.isfinite()].float())
-    seen = want_lse.isfinite()
-    errors = [(x.double() - want_lse)[seen].abs() for x in (lse, plain_lse)]
-    if seen.any():
-        scale = max(1.0, want_lse[seen].abs().max().item())
-        assert errors[0].max() <= 2 * errors[1].max() + 4 * torch.finfo(torch.float32).eps * scale
-    return out, lse
+        got = launch.forward(problem, ops)
+    want, plain = attention.forward(problem, ops), eager.forward(problem, ops)
+    assert got[0].dtype == problem.dtype and got[1].dtype == torch.float32
+    for x, w, p in zip(got, want, plain, strict=True):
+        assert x.shape == w.shape
+        finite = w.isfinite()
+        assert torch.equal(x[~finite].double(), w[~finite])  # lse of rows that see no key
+        x, w, p = (t[finite].double() for t in (x, w, p))
+        assert (x - w).norm() <= 2 * (p - w).norm() + torch.finfo(got[0].dtype).eps * w.norm()
+    return got
 
 
 @pytest.mark.parametrize("case", CASES, ids=ids)
 def test_equals_the_oracle(case):
+    """On small tiles; pairs of features on wider ones, for the interpreter's speed."""
     problem, ops, *_ = build(case, DEVICE)
-    check(problem, ops, WIDE if case.id == "several_tiles" else SMALL)
+    check(problem, ops, SMALL if case in SINGLE and case.max_k < 100 else WIDE)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+# Triton 3.6's interpreter multiplies bfloat16 as integers, so those wait for a GPU
+@pytest.mark.parametrize(
+    "dtype", [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16], ids=str
+)
 @pytest.mark.parametrize("name", ["causal", "window", "alibi", "softcap_dropout", "packed", "paged_page_1"])
 def test_half_precision(name, dtype):
     case = next(c for c in CASES if c.id == name)
@@ -100,7 +97,7 @@ def test_page_that_holds_whole_tiles_is_read_tile_by_tile():
 @pytest.mark.parametrize(
     "config", [FwdConfig(16, 32, 4, 1), FwdConfig(64, 16, 4, 1), FwdConfig(32, 64, 4, 1)]
 )
-@pytest.mark.parametrize("name", ["window", "several_tiles", "packed"])
+@pytest.mark.parametrize("name", ["window", "packed"])
 def test_tile_sizes_do_not_matter(name, config):
     problem, ops, *_ = build(next(c for c in CASES if c.id == name), DEVICE)
     check(problem, ops, config)
@@ -108,9 +105,10 @@ def test_tile_sizes_do_not_matter(name, config):
 
 def test_sections_cover_every_head_and_block(monkeypatch):
     """Heads per section that do not divide the number of heads leave a narrower last section."""
-    problem, ops, *_ = build(Case("sections", batch=3, heads=5, kv_heads=5, max_q=40, causal=True), DEVICE)
-    for width in (1, 2, 4, 15, 100):
+    problem, ops, *_ = build(Case("sections", batch=1, heads=3, kv_heads=3, max_q=40, max_k=9), DEVICE)
+    for width in (1, 2, 100):
         monkeypatch.setattr(launch, "section", lambda problem, w=width: w)
+        launch._prepared.clear()
         check(problem, ops)
 
 

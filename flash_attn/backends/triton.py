@@ -35,9 +35,9 @@ def supports(problem: Problem, direction: str) -> str | None:
 
 
 def forward(problem: Problem, ops: Operands) -> tuple[Tensor, Tensor]:
-    from flash_attn.forward import launch
+    from flash_attn.forward import decode, launch
 
-    return launch.forward(problem, ops)
+    return (decode if decode.wants(problem) else launch).forward(problem, ops)
 
 
 def backward(

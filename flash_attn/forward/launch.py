@@ -27,6 +27,30 @@ class Launch(NamedTuple):
     num_stages: int
 
 
+class Fixed(NamedTuple):
+    """What a launch needs beside addresses: it depends on shapes, strides and tiles, not on the tensors' memory."""
+
+    grid: tuple[int, int, int]
+    strides: tuple  # of q, k, v, out, lse
+    paging: tuple[int, int]  # row stride of the block table, page size
+    numbers: tuple  # sizes, band, factors
+    slope_stride: int
+    dropout: tuple[int, float]
+    constants: dict[str, Any]
+    config: FwdConfig
+
+
+class Prepared(NamedTuple):
+    """A compiled launch that only wants addresses."""
+
+    binary: launcher.Binary
+    fixed: Fixed
+
+
+_prepared: dict[Any, Prepared] = {}
+PREPARED_MAX = 4096  # plans kept; all are dropped when there are more
+
+
 def supports(problem: Problem) -> str | None:
     """None, or why this kernel cannot run the forward of `problem`."""
     if problem.dtype not in (torch.float16, torch.bfloat16, torch.float32):
@@ -47,12 +71,38 @@ def empty_outputs(problem: Problem, q: Tensor) -> tuple[Tensor, Tensor]:
 def forward(problem: Problem, ops: Operands) -> tuple[Tensor, Tensor]:
     """out like q with the head dim of v, and lse in fp32: (B, H, M) or (H, total_q). See `attn_fwd`."""
     out, lse = empty_outputs(problem, ops.q)
+    if not launcher.direct(attn_fwd):
+        launcher.launch(*plan(problem, ops, out, lse, table.forward_config(problem)))
+        return out, lse
+    q, k, v = ops.q, ops.k, ops.v
+    address = [None if x is None else x.data_ptr() for x in ops]
+    key = (
+        problem, q.stride(), k.stride(), v.stride(), q.shape[0], q.device.index,
+        (address[0] | address[1] | address[2]) & 15,
+        ops.alibi_slopes is not None and ops.alibi_slopes.stride(),
+        ops.block_table is not None and ops.block_table.stride(),
+        ops.sink is not None and ops.sink.dtype, precision(problem.dtype), table.overridden(),
+    )  # fmt: skip
+    ready = _prepared.get(key)
+    if ready is None:
+        if len(_prepared) >= PREPARED_MAX:
+            _prepared.clear()
+        ready = _prepared[key] = prepare(problem, ops, out, lse)
+    args = arguments(Operands(*address), out.data_ptr(), lse.data_ptr(), ready.fixed)
+    ready.binary.launch(ready.fixed.grid, (*args, *ready.fixed.constants.values()))
+    return out, lse
+
+
+def prepare(problem: Problem, ops: Operands, out: Tensor, lse: Tensor) -> Prepared:
+    """The compiled kernel for `problem`, with smaller tiles where the first choice does not fit the device."""
     config = table.forward_config(problem)
     while True:
         step = plan(problem, ops, out, lse, config)
         try:
-            launcher.launch(*step, problem=problem)
-            return out, lse
+            binary = launcher.prepare(
+                step.kernel, step.args, step.constants, step.num_warps, step.num_stages, problem
+            )
+            return Prepared(binary, fix(problem, ops, out, lse, config))
         except launcher.SharedMemoryError:
             less = smaller(config)
             if less is None:
@@ -62,24 +112,43 @@ def forward(problem: Problem, ops: Operands) -> tuple[Tensor, Tensor]:
 
 def plan(problem: Problem, ops: Operands, out: Tensor, lse: Tensor, config: FwdConfig) -> Launch:
     """The launch that computes `problem` with the tiles of `config`."""
-    constants = dict(F=features(problem, config), BLOCK_M=config.block_m, BLOCK_N=config.block_n) | head_dims(
-        problem
-    )
-    blocks, programs = grid(problem, ops.q.shape[0], config.block_m)
-    table_, slopes = ops.block_table, ops.alibi_slopes
-    args = (
-        ops.q, ops.k, ops.v, out, lse,
-        strides(ops.q), strides(ops.k), strides(ops.v), strides(out),
-        (0, lse.stride(0)) if problem.varlen_q else lse.stride()[:2],
+    fixed = fix(problem, ops, out, lse, config)
+    args = arguments(ops, out, lse, fixed)
+    return Launch(attn_fwd, fixed.grid, args, fixed.constants, config.num_warps, config.num_stages)
+
+
+def arguments(ops: Any, out: Any, lse: Any, fixed: Fixed) -> tuple:
+    """The kernel's run-time arguments; `ops`, out and lse hold tensors or their addresses."""
+    return (
+        ops.q, ops.k, ops.v, out, lse, *fixed.strides,
         (ops.cu_seqlens_q, ops.cu_seqlens_k, ops.seqused_q, ops.seqused_k, ops.leftpad_k, ops.cache_batch_idx),
-        (table_, 0 if table_ is None else table_.stride(0), max(problem.page_size, 1)),
-        (problem.max_q, problem.max_k, problem.group, problem.heads, problem.batch, blocks, section(problem),
-         ops.q.shape[0]),
-        (problem.left or 0, problem.right or 0), factors(problem.scale, problem.softcap),
-        slopes, 0 if slopes is None or slopes.dim() == 1 else slopes.stride(0), ops.sink,
-        ops.rng_state, threshold(problem.dropout_p), 1.0 / (1.0 - problem.dropout_p),
+        (ops.block_table, *fixed.paging), *fixed.numbers,
+        ops.alibi_slopes, fixed.slope_stride, ops.sink, ops.rng_state, *fixed.dropout,
     )  # fmt: skip
-    return Launch(attn_fwd, (programs, 1, 1), args, constants, config.num_warps, config.num_stages)
+
+
+def fix(problem: Problem, ops: Operands, out: Tensor, lse: Tensor, config: FwdConfig) -> Fixed:
+    """Everything about the launch that the addresses of the tensors do not change."""
+    blocks, programs = grid(problem, ops.q.shape[0], config.block_m)
+    slopes, pages = ops.alibi_slopes, ops.block_table
+    sizes = (
+        problem.max_q, problem.max_k, problem.group, problem.heads, problem.batch, blocks, section(problem),
+        ops.q.shape[0],
+    )  # fmt: skip
+    return Fixed(
+        grid=(programs, 1, 1),
+        strides=(
+            strides(ops.q), strides(ops.k), strides(ops.v), strides(out),
+            (0, lse.stride(0)) if problem.varlen_q else lse.stride()[:2],
+        ),
+        paging=(0 if pages is None else pages.stride(0), max(problem.page_size, 1)),
+        numbers=(sizes, (problem.left or 0, problem.right or 0), factors(problem.scale, problem.softcap)),
+        slope_stride=0 if slopes is None or slopes.dim() == 1 else slopes.stride(0),
+        dropout=(threshold(problem.dropout_p), 1.0 / (1.0 - problem.dropout_p)),
+        constants=dict(F=features(problem, config), BLOCK_M=config.block_m, BLOCK_N=config.block_n)
+        | head_dims(problem),
+        config=config,
+    )  # fmt: skip
 
 
 def features(problem: Problem, config: FwdConfig) -> Features:

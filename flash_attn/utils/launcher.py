@@ -14,6 +14,7 @@ Under TRITON_INTERPRET=1, and on a Triton whose launch protocol is not known her
 """
 
 import threading
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -56,9 +57,16 @@ class Binary(NamedTuple):
     run: Any
     function: int
     packed: Any
+    device: int
+    current_stream: Callable[[int], int]
 
-    def launch(self, grid: tuple[int, int, int], stream: int, args: tuple) -> None:
-        """Launch with run-time arguments and constants in the kernel's order; tensors may be given as addresses."""
+    def launch(self, grid: tuple[int, int, int], args: tuple) -> None:
+        """Launch on the current stream of its device, which must be current.
+
+        `args` are the run-time arguments and then the constants, in the kernel's order; a tensor may be given as its
+        address, which saves the driver a call.
+        """
+        stream = self.current_stream(self.device)
         runtime = triton.knobs.runtime
         enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
         if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a profiler listens
@@ -73,6 +81,11 @@ def compilations() -> int:
     return _compilations
 
 
+def direct(kernel) -> bool:
+    """Whether `kernel` can be prepared: not under the interpreter, nor on a Triton that is not known here."""
+    return KNOWN and isinstance(kernel, JITFunction)
+
+
 def launch(
     kernel, grid: tuple[int, int, int], args: tuple, constants: dict[str, Any], num_warps: int = 4,
     num_stages: int = 2, problem: Any = None, **options: Any,
@@ -84,12 +97,11 @@ def launch(
     """
     if 0 in grid:
         return
-    if not isinstance(kernel, JITFunction) or not KNOWN:
+    if not direct(kernel):
         kernel[grid](*args, **constants, num_warps=num_warps, num_stages=num_stages, **options)
         return
     binary = prepare(kernel, args, constants, num_warps, num_stages, problem, **options)
-    driver = triton.runtime.driver.active
-    binary.launch(grid, driver.get_current_stream(driver.get_current_device()), (*args, *constants.values()))
+    binary.launch(grid, (*args, *constants.values()))
 
 
 def prepare(
@@ -219,4 +231,12 @@ def _load(compiled, kernel, problem) -> Binary:
     except OutOfResources as error:
         about = f" for {problem}" if problem is not None else ""
         raise SharedMemoryError(f"{kernel.__name__} does not fit this GPU{about}: {error}") from error
-    return Binary(compiled, run, compiled.function, compiled.packed_metadata)
+    driver = triton.runtime.driver.active
+    return Binary(
+        compiled,
+        run,
+        compiled.function,
+        compiled.packed_metadata,
+        driver.get_current_device(),
+        driver.get_current_stream,
+    )
