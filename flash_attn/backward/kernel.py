@@ -104,7 +104,8 @@ def _over_rows(
         if F.dropout:
             kept = keep_tile_t(rng, bh, r, col_lo, threshold, BLOCK_N)
         p, ds = _p_and_ds(
-            qk, dp, r[None, :], cols[:, None], M, N, lse2[None, :], delta[None, :], kept, factors, slope_log2, band, F, MASKED
+            qk, dp, r[None, :], cols[:, None], M, N, lse2[None, :], delta[None, :], kept, factors, slope_log2, band,
+            F, MASKED,
         )  # fmt: skip
         dv = tl.dot(p.to(do_tile.dtype), do_tile, dv, input_precision=PRECISION)
         dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
@@ -216,7 +217,8 @@ def _over_keys(
         if F.dropout:
             kept = keep_tile(rng, bh, r, n, threshold, BLOCK_N)
         p, ds = _p_and_ds(
-            qk, dp, r[:, None], c[None, :], M, N, lse2[:, None], delta[:, None], kept, factors, slope_log2, band, F, MASKED
+            qk, dp, r[:, None], c[None, :], M, N, lse2[:, None], delta[:, None], kept, factors, slope_log2, band,
+            F, MASKED,
         )  # fmt: skip
         dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
     return dq

@@ -10,14 +10,9 @@ from flash_attn.backward.preprocess import PAD, attn_bwd_preprocess, zero_tail
 from flash_attn.problem import Gradients, Operands, Problem
 from flash_attn.reference.dropout import threshold
 from flash_attn.tile.score import factors
+from flash_attn.tuning.backward import backward_config
+from flash_attn.tuning.config import BwdConfig
 from flash_attn.utils.launcher import launch
-
-
-class Tile(NamedTuple):
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
 
 
 class Launch(NamedTuple):
@@ -44,14 +39,16 @@ def supports(problem: Problem) -> str | None:
 
 def _strides(x: Tensor) -> tuple[int, int, int]:
     """(batch, row, head) strides; a packed tensor has batch stride 0."""
-    return x.stride()[:3] if x.dim() == 4 else (0, *x.stride()[:2])
+    s = x.stride()
+    return (s[0], s[1], s[2]) if x.dim() == 4 else (0, s[0], s[1])
 
 
 def _row_strides(x: Tensor | None) -> tuple[int, int, int]:
     """(batch, head, row) strides of per-row statistics, (B, H, M) or packed (H, total)."""
     if x is None:
         return (0, 0, 0)
-    return x.stride() if x.dim() == 3 else (0, *x.stride())
+    s = x.stride()
+    return (s[0], s[1], s[2]) if x.dim() == 3 else (0, s[0], s[1])
 
 
 def _block(dim: int) -> int:
@@ -67,7 +64,9 @@ def cdiv(a: int, b: int) -> int:
 
 
 class Statistics(NamedTuple):
-    lse2: Tensor  # base-2 lse, +inf where a row sees no key; (B, H, rows) or packed (H, rows) fp32, rows padded
+    lse2: (
+        Tensor  # base-2 lse, +inf where a row sees no key; (B, H, rows) or packed (H, rows) fp32, rows padded
+    )
     delta: Tensor  # (1 - dropout_p) * (rowsum(dout * out) - dlse), same shape
     dsink: Tensor | None  # partial sums (H, B, row blocks)
 
@@ -111,22 +110,21 @@ def _common(problem: Problem, ops: Operands, stats: Statistics) -> tuple[tuple, 
         (ops.rng_state if problem.dropout_p else None, threshold(problem.dropout_p)),
     )  # fmt: skip
     exact = problem.dtype is not torch.float32 or not torch.backends.cuda.matmul.allow_tf32
+    features = (problem.left is not None, problem.right is not None, problem.softcap > 0, problem.alibi)
     constants = dict(
-        F=Features(
-            problem.left is not None, problem.right is not None, problem.softcap > 0, problem.alibi, problem.dropout_p > 0
-        ),
+        F=Features(*features, problem.dropout_p > 0),
         BLOCK_D=_block(problem.head_dim), BLOCK_DV=_block(problem.head_dim_v),
         D=problem.head_dim, DV=problem.head_dim_v, PRECISION="ieee" if exact else "tf32",
     )  # fmt: skip
     return args, constants
 
 
-def _with_tile(constants: dict, tile: Tile) -> dict:
+def _with_tile(constants: dict, tile: BwdConfig) -> dict:
     return {"F": constants["F"], "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n} | constants
 
 
 def plan_dkdv(
-    problem: Problem, ops: Operands, dout: Tensor, stats: Statistics, dk: Tensor, dv: Tensor, tile: Tile
+    problem: Problem, ops: Operands, dout: Tensor, stats: Statistics, dk: Tensor, dv: Tensor, tile: BwdConfig
 ) -> Launch:
     args, constants = _common(problem, ops, stats)
     tensors = (ops.q, ops.k, ops.v, dout, dk, dv)
@@ -141,7 +139,7 @@ def plan_dkdv(
 
 
 def plan_dq(
-    problem: Problem, ops: Operands, dout: Tensor, stats: Statistics, dq: Tensor, tile: Tile
+    problem: Problem, ops: Operands, dout: Tensor, stats: Statistics, dq: Tensor, tile: BwdConfig
 ) -> Launch:
     args, constants = _common(problem, ops, stats)
     tensors = (ops.q, ops.k, ops.v, dout, dq)
@@ -149,21 +147,6 @@ def plan_dq(
     return Launch(
         attn_bwd_dq, grid, (*tensors, *map(_strides, tensors), *args), _with_tile(constants, tile), *tile[2:]
     )
-
-
-def tiles(problem: Problem) -> tuple[Tile, Tile]:
-    """(tile of attn_bwd_dkdv, tile of attn_bwd_dq)."""
-    D = max(_block(problem.head_dim), _block(problem.head_dim_v))
-    small = problem.dtype is torch.float32
-    if D <= 64:
-        return Tile(64, 128, 4, 2), Tile(128, 64, 4, 2)
-    if D <= 128:
-        return (
-            (Tile(32, 64, 4, 1), Tile(64, 32, 4, 1)) if small else (Tile(64, 128, 8, 2), Tile(128, 64, 8, 2))
-        )
-    if D <= 256:
-        return (Tile(16, 32, 4, 1), Tile(32, 16, 4, 1)) if small else (Tile(64, 64, 8, 1), Tile(64, 64, 8, 1))
-    return (Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)) if small else (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1))
 
 
 def statistics(problem: Problem, lse: Tensor) -> Statistics:
@@ -211,7 +194,7 @@ def backward(
     _clear_unused(dq, ops.cu_seqlens_q, problem.seqused_q, problem)
     for x in (dk, dv):
         _clear_unused(x, ops.cu_seqlens_k, problem.seqused_k or problem.leftpad, problem)
-    tile_dkdv, tile_dq = tiles(problem)
+    tile_dkdv, tile_dq = backward_config(problem)
     for step in (
         plan_preprocess(problem, ops, out, lse, dout, dlse, stats),
         plan_dkdv(problem, ops, dout, stats, dk, dv, tile_dkdv),

@@ -37,8 +37,9 @@ def attn_bwd_preprocess(
 ):  # fmt: skip
     """One program: BLOCK_M = PAD rows of one head. Grid: (row blocks, heads, batch).
 
-    lse2 is +inf in a row that sees no key, whichever infinity came, and behind the last row: exp2(s - inf) = 0. delta is multiplied by
-    `keep_share` = 1 - dropout_p, because the kernels apply 1 / (1 - dropout_p) to whole gradients at the end.
+    lse2 is +inf in a row that sees no key, whichever infinity came, and behind the last row: exp2(s - inf) = 0.
+    delta is multiplied by `keep_share` = 1 - dropout_p, because the kernels apply 1 / (1 - dropout_p) to whole
+    gradients at the end.
     """
     block, head, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     start, M = sequence(lengths[0], lengths[1], max_q, b)

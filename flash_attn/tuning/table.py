@@ -74,13 +74,13 @@ def describe(problem: Problem) -> dict[str, Any]:
     )
 
 
-def nearest(problem: Problem, device: DeviceInfo) -> dict[str, Any] | None:
+def nearest(problem: Problem, device: DeviceInfo, direction: str = "forward") -> dict[str, Any] | None:
     """The row measured on this compute capability that is closest to `problem`: same dims and dtype width."""
     want = describe(problem)
     best, best_distance = None, math.inf
     for row in rows():
         key = row["problem"]
-        if row["direction"] != "forward" or tuple(row["capability"]) != device.capability:
+        if row["direction"] != direction or tuple(row["capability"]) != device.capability:
             continue
         if (key["head_dim"], key["head_dim_v"]) != (want["head_dim"], want["head_dim_v"]):
             continue

@@ -1,0 +1,87 @@
+"""Tile sizes of the two backward kernels: override, else the nearest measured row, else a rule."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+
+from flash_attn.problem import Problem
+from flash_attn.tuning.config import BwdConfig
+from flash_attn.tuning.table import nearest
+from flash_attn.utils import device as devices
+from flash_attn.utils.device import DeviceInfo
+
+_override: tuple[BwdConfig, BwdConfig] | None = None
+
+
+@contextmanager
+def override(dkdv: BwdConfig, dq: BwdConfig) -> Iterator[None]:
+    """Use these tiles for every backward inside the block, whatever the table says."""
+    global _override
+    before, _override = _override, (dkdv, dq)
+    try:
+        yield
+    finally:
+        _override = before
+
+
+def backward_config(problem: Problem) -> tuple[BwdConfig, BwdConfig]:
+    """(tile of attn_bwd_dkdv, tile of attn_bwd_dq) on the current device."""
+    if _override is not None:
+        return _override
+    return _lookup(problem._replace(batch=0, scale=0.0), devices.info())
+
+
+def _padded(dim: int) -> int:
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def shared_memory(config: BwdConfig, problem: Problem, direction: str) -> int:
+    """Bytes of shared memory: K and V (dkdv) or Q and dO (dq) of the program, and `num_stages` of the other two."""
+    dims = _padded(problem.head_dim) + _padded(problem.head_dim_v)
+    own, streamed = config.block_n, config.block_m
+    if direction == "dq":
+        own, streamed = streamed, own
+    scratch = 4 * config.block_m * config.block_n  # a tile that changes its layout
+    return problem.dtype.itemsize * dims * (own + config.num_stages * streamed) + scratch
+
+
+def _fit(config: BwdConfig, problem: Problem, device: DeviceInfo, direction: str) -> BwdConfig:
+    """`config`, or the largest smaller tile that the device has the shared memory for."""
+    while shared_memory(config, problem, direction) > device.shared_memory:
+        if config.num_stages > 1:
+            config = config._replace(num_stages=config.num_stages - 1)
+        elif max(config.block_m, config.block_n) > 16:
+            shrunk = max(config.block_m, config.block_n) // 2
+            config = config._replace(
+                block_m=min(config.block_m, shrunk), block_n=min(config.block_n, shrunk), num_warps=4
+            )
+        else:
+            break
+    return config
+
+
+@lru_cache(maxsize=4096)
+def _lookup(problem: Problem, device: DeviceInfo | None) -> tuple[BwdConfig, BwdConfig]:
+    if device is None:
+        return BwdConfig(16, 16, 4, 1), BwdConfig(16, 16, 4, 1)  # the interpreter
+    found = []
+    for direction, guess in zip(("dkdv", "dq"), rule(problem, device), strict=True):
+        row = nearest(problem, device, direction)
+        found.append(_fit(guess if row is None else BwdConfig(**row["config"]), problem, device, direction))
+    return found[0], found[1]
+
+
+def rule(problem: Problem, device: DeviceInfo) -> tuple[BwdConfig, BwdConfig]:
+    """Tiles for what was never measured."""
+    D = max(_padded(problem.head_dim), _padded(problem.head_dim_v))
+    if problem.dtype.itemsize == 4:
+        # no matrix unit takes ieee fp32: the operands of a product live in registers
+        side = 32 if D <= 128 else 16
+        return BwdConfig(side, side, 4, 1), BwdConfig(side, side, 4, 1)
+    if D <= 64:
+        return BwdConfig(64, 64, 4, 2), BwdConfig(64, 64, 4, 2)
+    if D <= 128:
+        return BwdConfig(64, 128, 8, 2), BwdConfig(128, 64, 8, 2)
+    if D <= 256:
+        return BwdConfig(64, 64, 8, 1), BwdConfig(64, 64, 8, 1)
+    return BwdConfig(32, 32, 8, 1), BwdConfig(32, 32, 8, 1)
