@@ -1,0 +1,81 @@
+"""The Hopper backward: one warp-specialised Gluon kernel for dQ, dK and dV (sm_90a), in two schedules.
+
+A producer warp feeds Q, dO and their row statistics through TMA to two consumer warpgroups, which own a tile of keys.
+What runs before and after it is in `hopper_pre.py`; `hopper_launch.py` starts all of them.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+
+from flash_attn.backward import hopper_narrow, hopper_wide
+from flash_attn.backward.hopper_ops import stacked
+from flash_attn.backward.hopper_tiles import produce
+
+
+@gluon.jit
+def attn_bwd_hopper(
+    q_desc, do_desc, k_desc, v_desc,  # one tile of (batch, heads, rows, dim), or ragged (see tile/hopper.py)
+    stats_desc,  # fp32: per padded query tile, BLOCK_M of -lse (in the score's units), then BLOCK_M of -delta
+    dq_desc,  # fp32 sums of dQ, 256 columns; None for the wide schedule
+    dk_desc, dv_desc,  # like those of k and v
+    units,  # of q, dout, k, v, dk, dv: (batch stride, row stride) in 16 bytes; None unless ragged
+    dq, dq_acc, arrivals,
+    dq_strides,  # (batch, seq, head)
+    seqs,  # (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k), each may be None
+    sizes,  # (max_q, max_k, heads, kv_heads, batch * kv_heads, width of a group, key tiles, padded query tiles)
+    band,  # keys (left, right) of the diagonal
+    dim,  # head_dim as it is, not padded
+    scores,  # (scale * log2 e, scale / softcap, softcap * log2 e)
+    scale,
+    F: gl.constexpr, T: gl.constexpr,
+):  # fmt: skip
+    """dQ, dK and dV of one key tile per program; grid (key tiles * batch * kv_heads,), 4 warps plus 5."""
+    # buffers of the key tile: one per warpgroup where each owns its keys
+    BLOCKS: gl.constexpr = 1 if T.D == 256 else 2
+    STAGES: gl.constexpr = T.STAGES
+    COLS: gl.constexpr = T.D if T.BLOCK_M == 128 else T.D // 2
+    dtype: gl.constexpr = q_desc.dtype
+    SWIZZLED: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+    q_s = gl.allocate_shared_memory(dtype, stacked(STAGES, q_desc.block_type.shape), q_desc.layout)
+    do_s = gl.allocate_shared_memory(dtype, stacked(STAGES, do_desc.block_type.shape), do_desc.layout)
+    k_s = gl.allocate_shared_memory(dtype, stacked(BLOCKS, k_desc.block_type.shape), k_desc.layout)
+    v_s = gl.allocate_shared_memory(dtype, stacked(BLOCKS, v_desc.block_type.shape), v_desc.layout)
+    ds_s = gl.allocate_shared_memory(dtype, [2 * T.DS_STAGES, 64, T.BLOCK_M], SWIZZLED)
+    if T.D == 256:
+        other_s = gl.allocate_shared_memory(dtype, [2, 64, T.BLOCK_M], SWIZZLED)  # P
+    else:
+        other_s = gl.allocate_shared_memory(
+            gl.float32, [2, 64 * COLS // 256, 256], dq_desc.layout
+        )  # dQ on its way
+    lse_s = gl.allocate_shared_memory(gl.float32, [STAGES, T.BLOCK_M], stats_desc.layout)
+    delta_s = gl.allocate_shared_memory(gl.float32, [STAGES, T.BLOCK_M], stats_desc.layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    kv_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(do_full.index(i), count=1)
+    mbarrier.init(kv_full.index(0), count=1)
+    fence_async_shared()
+    bars = (q_full, do_full, kv_full)
+    loads = (q_desc, do_desc, k_desc, v_desc, stats_desc)
+    loaded = (q_s, do_s, k_s, v_s, lse_s, delta_s)
+    sums = (dq, dq_strides, dq_acc, arrivals)
+    # 240 registers for a consumer's thread, 24 for the producer's
+    if T.D == 256:
+        smems = (q_s, do_s, k_s, v_s, lse_s, delta_s, other_s, ds_s)
+        stores = (dk_desc, dv_desc)
+        gl.warp_specialize([
+            (hopper_wide.consume, (stores, units, sums, smems, bars, seqs, sizes, band, dim, scores, scale, 0, F, T)),
+            (hopper_wide.consume, (stores, units, sums, smems, bars, seqs, sizes, band, dim, scores, scale, 1, F, T)),
+            (produce, (loads, units, loaded, bars, seqs, sizes, band, F, T)),
+        ], [4, 1], [240, 24])  # fmt: skip
+    else:
+        buffers = (q_s, do_s, k_s, v_s, lse_s, delta_s, ds_s, other_s)
+        targets = (dq_desc, dk_desc, dv_desc)
+        gl.warp_specialize([
+            (hopper_narrow.consume, (targets, units, sums, buffers, bars, seqs, sizes, band, dim, scores, scale, 0, F, T)),
+            (hopper_narrow.consume, (targets, units, sums, buffers, bars, seqs, sizes, band, dim, scores, scale, 1, F, T)),
+            (produce, (loads, units, loaded, bars, seqs, sizes, band, F, T)),
+        ], [4, 1], [240, 24])  # fmt: skip

@@ -1,0 +1,184 @@
+"""One consumer warpgroup of the Hopper backward for head dimensions up to 128; its kernel is in `hopper.py`.
+
+Each of the two warpgroups owns 64 keys and works on transposed tiles, so that P and dS, which the sums over queries
+need as left operands, stay in registers: S^T = K Q^T, dP^T = V dO^T, dV += P^T dO, dK += dS^T Q. Only dS goes through
+shared memory, once, for dQ = dS K, of which each warpgroup computes half.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from flash_attn.backward.hopper_ops import fragment_rows, mask_columns, per_column, program_again
+from flash_attn.backward.hopper_tiles import (
+    BAR_DO,
+    BAR_DS,
+    BAR_Q,
+    box,
+    finish_dq,
+    needs_mask,
+    place,
+    query_range,
+    unmasked_range,
+)
+from flash_attn.tile.hopper import barrier_arrive, barrier_sync, tma_reduce_add, tma_store
+from flash_attn.tile.score import tanh
+
+
+@gluon.jit
+def _probabilities(
+    s, lse_s, masked, lo, hi, scores, BLOCK_M: gl.constexpr, SL: gl.constexpr, F: gl.constexpr
+):
+    """(P^T, d score / d (scale q.k)) of a tile of products, keys down; the second is 1 unless capped."""
+    scale_log2, cap_in, cap_log2 = scores
+    x, slope = s, 1.0
+    if F.softcap:
+        x = tanh(s * cap_in)
+        slope = 1.0 - x * x
+    if masked:
+        x = mask_columns(x, lo, hi, F.left, BLOCK_M, SL)
+    if F.softcap:
+        return gl.exp2(x * cap_log2 + gl.expand_dims(lse_s.load(gl.SliceLayout(0, SL)), 0)), slope
+    else:
+        return gl.exp2(x * scale_log2), slope  # s began as -lse / scale, so this is relative to the row's lse
+
+
+@gluon.jit
+def _dq_operands(ds_s, k_s, slot, WG: gl.constexpr, COLS: gl.constexpr, T: gl.constexpr):
+    """dS and K of both warpgroups' keys for this warpgroup's half of dQ: half the queries, or half the columns."""
+    D: gl.constexpr = T.D
+    k0 = k_s.index(0).reshape([64, D])
+    k1 = k_s.index(1).reshape([64, D])
+    if T.BLOCK_M == 128:
+        ds0 = ds_s.index(slot * 2).slice(WG * 64, 64, 1).permute((1, 0))
+        ds1 = ds_s.index(slot * 2 + 1).slice(WG * 64, 64, 1).permute((1, 0))
+    else:
+        ds0 = ds_s.index(slot * 2).permute((1, 0))
+        ds1 = ds_s.index(slot * 2 + 1).permute((1, 0))
+        k0 = k0.slice(WG * COLS, COLS, 1)
+        k1 = k1.slice(WG * COLS, COLS, 1)
+    return ds0, ds1, k0, k1
+
+
+@gluon.jit
+def consume(
+    descs, units, sums, smems, bars, seqs, sizes, band, dim, scores, scale,
+    WG: gl.constexpr, F: gl.constexpr, T: gl.constexpr,
+):  # fmt: skip
+    """Warpgroup WG: keys WG * 64 to WG * 64 + 63 of the program's tile."""
+    dq_desc, dk_desc, dv_desc = descs
+    q_s, do_s, k_s, v_s, lse_s, delta_s, ds_s, dq_s = smems
+    q_full, do_full, kv_full = bars
+    D: gl.constexpr = T.D
+    DV: gl.constexpr = T.DV
+    BLOCK_M: gl.constexpr = T.BLOCK_M
+    STAGES: gl.constexpr = T.STAGES
+    COLS: gl.constexpr = D if BLOCK_M == 128 else D // 2  # of this warpgroup's piece of dQ, which has 64 rows
+    SL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    KL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    VL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
+    QL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
+    dtype: gl.constexpr = q_s.dtype
+    n, hk, pair, q_side, k_side = place(gl.program_id(0), seqs, sizes, T)
+    M, tile0 = q_side[3], q_side[4]
+    N = k_side[3]
+    m_lo, m_hi = query_range(n, M, N, band, F, T)
+    group = sizes[2] // sizes[3]
+    total = (m_hi - m_lo) * group
+    key0 = n * T.BLOCK_N + WG * 64
+    whole = unmasked_range(key0, 64, M, N, band, m_hi, F, T)
+    # queries that see a key: lo <= query <= hi
+    keys = key0 + gl.arange(0, 64, gl.SliceLayout(1, SL))
+    lo = gl.zeros([64], gl.int32, gl.SliceLayout(1, SL))
+    hi = lo
+    if F.right:
+        lo = keys - (N - M) - band[1]
+    if F.left:
+        hi = keys - (N - M) + band[0]
+    lo = gl.where(keys < N, lo, 1 << 30)
+    k_w = k_s.index(WG).reshape([64, D])
+    v_w = v_s.index(WG).reshape([64, DV])
+    dk = gl.zeros([64, D], gl.float32, KL)
+    dv = gl.zeros([64, DV], gl.float32, VL)
+    m = m_lo
+    qt = hk * group * sizes[7] + tile0 + m
+    if total > 0:
+        mbarrier.wait(kv_full.index(0), 0)
+        if T.PREFETCH:
+            mbarrier.wait(q_full.index(0), 0)
+    if T.PREFETCH:
+        s_init = per_column(lse_s.index(0), BLOCK_M, SL)
+    for it in range(total):
+        st = it % STAGES
+        ph = (it // STAGES) & 1
+        q = q_s.index(st).reshape([BLOCK_M, D])
+        do = do_s.index(st).reshape([BLOCK_M, DV])
+        if not T.PREFETCH:
+            mbarrier.wait(q_full.index(st), ph)
+        # -lse / scale and -delta are the initial values of S and dP: no registers hold them across the exp
+        dp_init = per_column(delta_s.index(st), BLOCK_M, SL)
+        if F.softcap:
+            zeros = gl.zeros([64, BLOCK_M], gl.float32, SL)
+            s = warpgroup_mma(k_w, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        else:
+            if not T.PREFETCH:
+                s_init = per_column(lse_s.index(st), BLOCK_M, SL)
+            s = warpgroup_mma(k_w, q.permute((1, 0)), s_init, is_async=True)
+        mbarrier.wait(do_full.index(st), ph)
+        dp = warpgroup_mma(v_w, do.permute((1, 0)), dp_init, is_async=True)
+        s = warpgroup_mma_wait(1, deps=(s,))
+        masked = needs_mask(m, whole, F)
+        p, slope = _probabilities(
+            s, lse_s.index(st), masked, lo - m * BLOCK_M, hi - m * BLOCK_M, scores, BLOCK_M, SL, F
+        )
+        p16 = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, VL, 2), assert_trivial=True)
+        dv = warpgroup_mma(p16, do, dv, is_async=True)
+        dp = warpgroup_mma_wait(1, deps=(dp,))
+        ds = p * dp
+        if F.softcap:
+            ds = ds * slope
+        ds16 = ds.to(dtype)
+        ds_r = gl.convert_layout(ds16, gl.DotOperandLayout(0, KL, 2), assert_trivial=True)
+        slot = it % T.DS_STAGES
+        ds_s.index(slot * 2 + WG).store(ds16)
+        fence_async_shared()
+        barrier_sync(BAR_DS, 256)
+        ds0, ds1, k0, k1 = _dq_operands(ds_s, k_s, slot, WG, COLS, T)
+        part = warpgroup_mma(ds0, k0, gl.zeros([64, COLS], gl.float32, QL), use_acc=False, is_async=True)
+        part = warpgroup_mma(ds1, k1, part, is_async=True)
+        dk = warpgroup_mma(ds_r, q, dk, is_async=True)
+        dv, part = warpgroup_mma_wait(1, deps=(dv, part))
+        barrier_arrive(BAR_DO + st, 288)
+        tma.store_wait(0)
+        dq_s.index(WG).store(fragment_rows(part, COLS // 8))
+        fence_async_shared()
+        tma_reduce_add(dq_desc, [(qt * 2 + WG) * (64 * COLS // 256), 0], dq_s.index(WG))
+        if T.PREFETCH:
+            ahead = (it + 1) % STAGES
+            mbarrier.wait(q_full.index(ahead), ((it + 1) // STAGES) & 1)
+            s_init = per_column(lse_s.index(ahead), BLOCK_M, SL)
+        dk = warpgroup_mma_wait(0, deps=(dk,))
+        barrier_arrive(BAR_Q + st, 288)
+        m += 1
+        qt += 1
+        if m == m_hi:
+            m = m_lo
+            qt += sizes[7] - (m_hi - m_lo)
+    barrier_sync(BAR_DS, 256)  # the other warpgroup has read its last K, and this one's dS
+    n, hk, pair, q_side, k_side = place(program_again(), seqs, sizes, T)
+    row, slot = n * T.BLOCK_N + WG * 64, k_side[2]
+    v_w.store(dv.to(dtype))
+    k_w.store((dk * scale).to(dtype))
+    fence_async_shared()
+    tma_store(dv_desc, box(k_side, hk, row, slot, units[5], F.ragged), v_s.index(WG))
+    tma_store(dk_desc, box(k_side, hk, row, slot, units[4], F.ragged), k_s.index(WG))
+    tma.store_wait(0)
+    if T.FINISH:
+        stage_s = ds_s.index(WG).slice(0, COLS, 1)
+        finish_dq(sums, stage_s, pair, hk, q_side, sizes, scale, dim, WG, COLS, T)

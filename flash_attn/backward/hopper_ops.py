@@ -1,0 +1,191 @@
+"""Device functions of the Hopper backward: how a warpgroup's accumulator lies in its threads. No kernel lives here.
+
+A warpgroup's fp32 accumulator of 64 rows keeps, in each thread, for every group of eight columns four values:
+(row r, columns 2t and 2t + 1) and (row r + 8, the same columns), r = lane / 4, t = lane % 4. The views below name
+these register positions, so that dQ leaves as whole 16-byte pieces.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from flash_attn.tile.hopper import column_registers, from_columns, row_limit, to_columns
+
+
+@gluon.constexpr_function
+def stacked(n, shape):
+    """Shape of n buffers of `shape`."""
+    return [n, *shape]
+
+
+@gluon.jit
+def program_again():
+    """program_id(0), read anew: what is derived from it after a loop then holds no register across the loop."""
+    return gl.inline_asm_elementwise("mov.u32 $0, %ctaid.x;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def bulk_wait_all():
+    """Wait until this thread's TMA stores and reductions are complete in memory, not merely read."""
+    gl.inline_asm_elementwise(
+        "cp.async.bulk.wait_group 0; fence.proxy.async; mov.u32 $0, 0;",
+        "=r",
+        [],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.constexpr_function
+def _doubling(size, rank, axis):
+    """Register bases that step through `size` (a power of two) entries of dimension `axis`."""
+    bases, step = [], 1
+    while step < size:
+        bases.append([step if d == axis else 0 for d in range(rank)])
+        step *= 2
+    return bases
+
+
+@gluon.jit
+def mask_columns(s, lo, hi, UPPER: gl.constexpr, COLS: gl.constexpr, SL: gl.constexpr):
+    """-inf where column < lo(row), and where column > hi(row) when UPPER; s is (64, COLS) in layout SL."""
+    s4 = to_columns(s, COLS)
+    column = column_registers(COLS)
+    s4 = gl.where(column < row_limit(lo, COLS), float("-inf"), s4)
+    if UPPER:
+        s4 = gl.where(column > row_limit(hi, COLS), float("-inf"), s4)
+    return from_columns(s4, COLS, SL)
+
+
+@gluon.constexpr_function
+def _fragment_view(n):
+    """A (64, 8 n) accumulator seen as [warp 4, r 8, t 4, j n, upper or lower row 2, e 2]."""
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 1, 0]] + _doubling(n, 6, 3),
+        lane_bases=[
+            [0, 0, 1, 0, 0, 0],
+            [0, 0, 2, 0, 0, 0],
+            [0, 1, 0, 0, 0, 0],
+            [0, 2, 0, 0, 0, 0],
+            [0, 4, 0, 0, 0, 0],
+        ],
+        warp_bases=[[1, 0, 0, 0, 0, 0], [2, 0, 0, 0, 0, 0]],
+        block_bases=[],
+        shape=[4, 8, 4, n, 2, 2],
+    )
+
+
+@gluon.constexpr_function
+def _quad_view(n):
+    """`_fragment_view` with its last two dimensions as one of four: the 16 bytes that a thread moves at once."""
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, 0, 0, 0, 1], [0, 0, 0, 0, 2]] + _doubling(n, 5, 3),
+        lane_bases=[[0, 0, 1, 0, 0], [0, 0, 2, 0, 0], [0, 1, 0, 0, 0], [0, 2, 0, 0, 0], [0, 4, 0, 0, 0]],
+        warp_bases=[[1, 0, 0, 0, 0], [2, 0, 0, 0, 0]],
+        block_bases=[],
+        shape=[4, 8, 4, n, 4],
+    )
+
+
+@gluon.jit
+def _quad_offsets(n: gl.constexpr, L: gl.constexpr):
+    """Offset of each thread's 16-byte pieces in fragment order [j, warp, r, t, 4], as (4, 8, 4, n)."""
+    w = gl.arange(0, 4, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, L))))
+    r = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, L))))
+    t = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, L))))
+    j = gl.arange(0, n, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, L))))
+    w = gl.expand_dims(gl.expand_dims(gl.expand_dims(w, 1), 2), 3)
+    r = gl.expand_dims(gl.expand_dims(gl.expand_dims(r, 0), 2), 3)
+    t = gl.expand_dims(gl.expand_dims(gl.expand_dims(t, 0), 1), 3)
+    j = gl.expand_dims(gl.expand_dims(gl.expand_dims(j, 0), 1), 2)
+    return (w * 128 + r * 16 + t * 4) + j * 512
+
+
+@gluon.jit
+def fragments(x, n: gl.constexpr):
+    """A (64, 8 n) accumulator as `_fragment_view`; moves no data."""
+    y = gl.permute(gl.reshape(x, [4, 2, 8, n, 4, 2]), (0, 2, 4, 3, 1, 5))
+    return gl.convert_layout(y, _fragment_view(n), assert_trivial=True)
+
+
+@gluon.jit
+def fragment_rows(x, n: gl.constexpr):
+    """A (64, 8 n) accumulator as (2 n, 256) in fragment order, to be written to an unswizzled buffer of that shape.
+
+    Every thread then stores whole 16-byte pieces without bank conflicts.
+    """
+    return gl.reshape(gl.permute(fragments(x, n), (3, 0, 1, 2, 4, 5)), [2 * n, 256])
+
+
+@gluon.jit
+def reduce_add_quads(base, x, n: gl.constexpr):
+    """Add a (64, 8 n) accumulator to the fp32 tile at `base`, kept in fragment order, straight from registers."""
+    QL: gl.constexpr = gl.SliceLayout(4, _quad_view(n))
+    even, odd = gl.split(fragments(x, n))
+    x0, x2 = gl.split(even)
+    x1, x3 = gl.split(odd)
+    x0 = gl.convert_layout(x0, QL, assert_trivial=True)
+    x1 = gl.convert_layout(x1, QL, assert_trivial=True)
+    x2 = gl.convert_layout(x2, QL, assert_trivial=True)
+    x3 = gl.convert_layout(x3, QL, assert_trivial=True)
+    address = (base + _quad_offsets(n, QL)).to(gl.int64)
+    gl.inline_asm_elementwise(
+        "red.global.add.v4.f32 [$1], {$2, $3, $4, $5}; mov.u32 $0, 0;",
+        "=r,l,f,f,f,f",
+        [address, x0, x1, x2, x3],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def load_quads(base, n: gl.constexpr):
+    """The fp32 tile in fragment order at `base`, as `_quad_view`; past the L1 cache, which reductions do not update."""
+    L: gl.constexpr = _quad_view(n)
+    offsets = gl.expand_dims(_quad_offsets(n, gl.SliceLayout(4, L)), 4)
+    four = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, L)))))
+    four = gl.expand_dims(gl.expand_dims(gl.expand_dims(gl.expand_dims(four, 0), 1), 2), 3)
+    return gl.load(base + (offsets + four), cache_modifier=".cg")
+
+
+@gluon.jit
+def accumulator_of(x, n: gl.constexpr, AL: gl.constexpr):
+    """Back from `load_quads` to the (64, 8 n) accumulator in layout AL; moves no data."""
+    y = gl.permute(gl.reshape(x, [4, 8, 4, n, 2, 2]), (0, 4, 1, 3, 2, 5))
+    return gl.convert_layout(gl.reshape(y, [64, 8 * n]), AL, assert_trivial=True)
+
+
+@gluon.jit
+def per_column(x_s, COLS: gl.constexpr, SL: gl.constexpr):
+    """The COLS fp32 values in x_s as initial accumulator: every row of a (64, COLS) tile holds them.
+
+    The opaque move gives each register its own definition here. Otherwise ptxas copies registers between the two
+    products in flight and injects a wait (C7517). The zeros only broadcast: x + 0.0 would cost an addition each.
+    """
+    zeros = gl.zeros([64, COLS], gl.float32, SL)
+    x = gl.expand_dims(x_s.load(gl.SliceLayout(0, SL)), 0)
+    return gl.inline_asm_elementwise(
+        "mov.f32 $0, $1;", "=f,f,f", [x, zeros], dtype=gl.float32, is_pure=False, pack=1
+    )
+
+
+@gluon.constexpr_function
+def coalesced(COLS):
+    """Blocked layout for (rows, COLS) half-precision tiles: 16 bytes a thread, four warps."""
+    across = min(COLS // 8, 32)
+    return gl.BlockedLayout([1, 8], [32 // across, across], [4, 1], [1, 0])
+
+
+@gluon.jit
+def store_rows(ptr, strides, tile, rows, limit, first_col, cols_limit):
+    """Copy a shared (rows, COLS) tile to `ptr` + row * strides[1]: rows below `limit`, columns below `cols_limit`.
+
+    `ptr` points to the head of the tile's sequence; `rows` is its first row there, `first_col` its first column.
+    """
+    L: gl.constexpr = coalesced(tile.shape[1])
+    row = rows + gl.arange(0, tile.shape[0], gl.SliceLayout(1, L))
+    col = first_col + gl.arange(0, tile.shape[1], gl.SliceLayout(0, L))
+    offsets = gl.expand_dims(row.to(gl.int64) * strides[1], 1) + gl.expand_dims(col, 0)
+    keep = gl.expand_dims(row < limit, 1) & gl.expand_dims(col < cols_limit, 0)
+    gl.store(ptr + offsets, tile.load(L), mask=keep)

@@ -1,0 +1,140 @@
+"""The plain Triton kernels around the Hopper backward: row statistics before it, dQ's conversion after it."""
+
+import triton
+import triton.language as tl
+
+from flash_attn.tile.rows import sequence
+
+
+@triton.jit
+def bwd_before(
+    out, dout, lse, dlse, sink, stats, dq_acc, arrivals, dsink,
+    out_strides, dout_strides,  # (batch, seq, head)
+    of_lse_strides, of_dlse_strides,  # (batch, head, row)
+    seqs,  # (cu_seqlens_q, seqused_q)
+    sizes,  # (max_q, heads, kv_heads, padded query tiles)
+    dim_v, lse_scale,
+    BLOCK_M: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+):  # fmt: skip
+    """Per query row: -lse * lse_scale and -delta, delta = rowsum(dout * out) - dlse; zeroes dq_acc and arrivals.
+
+    Rows that must give P = 0 (past the end, or seeing no key: lse of either infinity) get -inf and delta 0, so the
+    main kernel needs no query mask. With a sink, dsink gets each program's -sum exp(sink - lse) * delta.
+    Grid (blocks of ROWS padded rows, heads, batch).
+    """
+    i, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    max_q, heads, kv_heads, tiles = sizes
+    start, slot = sequence(seqs[0], None, max_q, b)
+    used = slot
+    if seqs[1] is not None:
+        used = tl.minimum(tl.load(seqs[1] + b), slot)
+    if i == 0:
+        group = heads // kv_heads
+        if h % group == 0:
+            two = tl.arange(0, 2)
+            tl.store(arrivals + (b * kv_heads + h // group) * 2 + two, tl.zeros([2], tl.int32))
+    first = b * ((max_q + BLOCK_M - 1) // BLOCK_M)
+    if seqs[0] is not None:
+        first = start // BLOCK_M + b
+    base = b.to(tl.int64)  # the batch stride of a packed tensor is 0
+    padded = (slot + BLOCK_M - 1) // BLOCK_M * BLOCK_M
+    rows = i * ROWS + tl.arange(0, ROWS)
+    loss = 0.0
+    if i * ROWS < padded:
+        dims = tl.arange(0, DV)
+        valid = rows < used
+        keep = valid[:, None] & (dims < dim_v)[None, :]
+        at_rows = (start + rows).to(tl.int64)[:, None]
+        o = tl.load(
+            out + base * out_strides[0] + h * out_strides[2] + at_rows * out_strides[1] + dims[None, :],
+            keep,
+            0.0,
+        )
+        do = tl.load(
+            dout + base * dout_strides[0] + h * dout_strides[2] + at_rows * dout_strides[1] + dims[None, :],
+            keep,
+            0.0,
+        )
+        delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+        at_rows = (start + rows).to(tl.int64)
+        L = tl.load(
+            lse + base * of_lse_strides[0] + h * of_lse_strides[1] + at_rows * of_lse_strides[2],
+            valid,
+            float("inf"),
+        )
+        if dlse is not None:
+            delta -= tl.load(
+                dlse + base * of_dlse_strides[0] + h * of_dlse_strides[1] + at_rows * of_dlse_strides[2],
+                valid,
+                0.0,
+            )
+        empty = tl.abs(L) == float("inf")
+        delta = tl.where(empty, 0.0, delta)
+        if sink is not None:
+            p = tl.math.exp2((tl.load(sink + h).to(tl.float32) - L) * 1.4426950408889634)
+            loss = -tl.sum(tl.where(empty, 0.0, p * delta), 0)
+        block = h.to(tl.int64) * tiles + first
+        at_stats = stats + block * (2 * BLOCK_M) + (rows // BLOCK_M) * (2 * BLOCK_M) + rows % BLOCK_M
+        tl.store(at_stats, tl.where(empty, float("-inf"), -L * lse_scale), rows < padded)
+        tl.store(at_stats + BLOCK_M, -delta, rows < padded)
+        at_acc = dq_acc + block * (BLOCK_M * D) + (rows * D)[:, None] + tl.arange(0, D)[None, :]
+        tl.store(at_acc, tl.zeros([ROWS, D], tl.float32), (rows < padded)[:, None])
+    if sink is not None:
+        tl.store(dsink + (h * tl.num_programs(2) + b) * tl.num_programs(0) + i, loss)
+
+
+@triton.jit
+def bwd_after(
+    dq_acc, dq,
+    dq_strides,  # (batch, seq, head)
+    cu_seqlens_q,
+    sizes,  # (max_q, padded query tiles)
+    dim, scale,
+    BLOCK_M: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """dq = scale * dq_acc, from the order of a warpgroup's accumulator [column / 8, warp, r, t, upper or lower, 2].
+
+    Grid (pieces of 64 rows by D or D / 2 columns, heads, batch).
+    """
+    COLS: tl.constexpr = D if BLOCK_M == 128 else D // 2
+    i, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    start, slot = sequence(cu_seqlens_q, None, sizes[0], b)
+    first = b * ((sizes[0] + BLOCK_M - 1) // BLOCK_M)
+    at = b.to(tl.int64) * dq_strides[0]
+    if cu_seqlens_q is not None:
+        first = start // BLOCK_M + b
+        at = start.to(tl.int64) * dq_strides[1]
+    row, col = (i // 2) * 64, (i % 2) * COLS
+    if BLOCK_M == 128:
+        row, col = i * 64, 0
+    if row < slot:
+        piece = (h.to(tl.int64) * sizes[1] + first) * 2 + i
+        x = tl.load(dq_acc + piece * (64 * COLS) + tl.arange(0, 64 * COLS))
+        x = tl.permute(tl.reshape(x, [COLS // 8, 4, 8, 4, 2, 2]), (1, 4, 2, 0, 3, 5))
+        x = (tl.reshape(x, [64, COLS]) * scale).to(dq.dtype.element_ty)
+        rows = row + tl.arange(0, 64)
+        cols = col + tl.arange(0, COLS)
+        offsets = rows.to(tl.int64)[:, None] * dq_strides[1] + cols[None, :]
+        tl.store(dq + at + h * dq_strides[2] + offsets, x, (rows < slot)[:, None] & (cols < dim)[None, :])
+
+
+@triton.jit
+def zero_after_end(
+    dq, dk, dv, dq_strides, dk_strides, dv_strides, cu_seqlens_q, cu_seqlens_k, totals, batch,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    PD: tl.constexpr, PDV: tl.constexpr,
+):  # fmt: skip
+    """Zero the rows of packed gradients that belong to no sequence: [cu_seqlens[-1], total)."""
+    dims, dims_v = tl.arange(0, PD), tl.arange(0, PDV)
+    if cu_seqlens_q is not None:
+        for row in range(tl.load(cu_seqlens_q + batch) + tl.program_id(0), totals[0], tl.num_programs(0)):
+            for h in range(HEADS):
+                at = row.to(tl.int64) * dq_strides[1] + h * dq_strides[2] + dims
+                tl.store(dq + at, tl.zeros([PD], dq.dtype.element_ty), dims < D)
+    if cu_seqlens_k is not None:
+        for row in range(tl.load(cu_seqlens_k + batch) + tl.program_id(0), totals[1], tl.num_programs(0)):
+            for h in range(KV_HEADS):
+                at = row.to(tl.int64) * dk_strides[1] + h * dk_strides[2] + dims
+                tl.store(dk + at, tl.zeros([PD], dk.dtype.element_ty), dims < D)
+                at = row.to(tl.int64) * dv_strides[1] + h * dv_strides[2] + dims_v
+                tl.store(dv + at, tl.zeros([PDV], dv.dtype.element_ty), dims_v < DV)

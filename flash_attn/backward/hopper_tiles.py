@@ -1,0 +1,231 @@
+"""Which tile a program of the Hopper backward works on, what loads it, and how dQ leaves: shared by both schedules.
+
+A program owns one tile of keys of one (batch, key/value head) and walks over the query tiles that see it, for every
+query head of the group, so dK and dV never leave its registers until they are final. dQ is summed over programs in
+fp32, in the order in which a warpgroup's accumulator lies in its threads (`hopper_ops.fragments`).
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from flash_attn.backward.hopper_ops import accumulator_of, bulk_wait_all, load_quads, store_rows
+from flash_attn.tile.hopper import barrier_sync, tma_load, tma_rows
+from flash_attn.tile.rows import sequence
+
+# Hardware named barriers. 288 threads: the producer warp and both warpgroups; 256: both warpgroups; 128: one.
+BAR_Q: gl.constexpr = gl.constexpr(12)  # + stage: Q (and the row statistics) may be overwritten
+BAR_DO: gl.constexpr = gl.constexpr(14)  # + stage: dO may be overwritten
+BAR_DS: gl.constexpr = gl.constexpr(11)  # both warpgroups have written their part
+BAR_WG: gl.constexpr = gl.constexpr(9)  # + warpgroup: private
+
+
+@gluon.jit
+def place(program, seqs, sizes, T: gl.constexpr):
+    """(key tile, kv head, pair, query side, key side) of a program; pair = batch * kv_heads + kv head.
+
+    A side is (batch, first row, rows of the sequence's slot, valid rows); the query side ends with its first padded
+    query tile. Inside a group of `width` pairs the key tiles ascend, so that with a causal mask the longest come first
+    while the group's Q and dO stay in L2.
+    """
+    cu_q, cu_k, used_q, used_k = seqs
+    max_q, max_k, heads, kv_heads, pairs, width, key_tiles, query_tiles = sizes
+    group = key_tiles * width
+    g = program // group
+    r = program - g * group
+    wide = gl.minimum(width, pairs - g * width)
+    n = r // wide
+    pair = g * width + (r - n * wide)
+    b = pair // kv_heads
+    row_q, slot_q = sequence(cu_q, None, max_q, b)
+    row_k, slot_k = sequence(cu_k, None, max_k, b)
+    M, N = slot_q, slot_k
+    if used_q is not None:
+        M = gl.minimum(gl.load(used_q + b), slot_q)
+    if used_k is not None:
+        N = gl.minimum(gl.load(used_k + b), slot_k)
+    tile0 = b * ((max_q + T.BLOCK_M - 1) // T.BLOCK_M)
+    if cu_q is not None:
+        # sequence b starts at a padded tile of its own: floor(start / BLOCK_M) + b leaves room for every tail
+        tile0 = row_q // T.BLOCK_M + b
+    return n, pair - b * kv_heads, pair, (b, row_q, slot_q, M, tile0), (b, row_k, slot_k, N)
+
+
+@gluon.jit
+def box(side, h, row, length, unit, RAGGED: gl.constexpr):
+    """TMA coordinates of a tile that starts at `row` of the side's sequence and is clipped at `length`.
+
+    `unit` is (batch stride, row stride) in 16 bytes, for ragged descriptors only.
+    """
+    end = 0
+    if RAGGED:
+        end = side[0] * unit[0] + (side[1] + length) * unit[1]
+    return tma_rows(side[0], h, row, 0, length, end, RAGGED)
+
+
+@gluon.jit
+def query_range(n, M, N, band, F: gl.constexpr, T: gl.constexpr):
+    """Query tiles [lo, hi) that see a key of tile n."""
+    last = (M + T.BLOCK_M - 1) // T.BLOCK_M
+    lo, hi = 0, last
+    if F.right:
+        lo = gl.minimum(gl.maximum(n * T.BLOCK_N - (N - M) - band[1], 0) // T.BLOCK_M, last)
+    if F.left:
+        end = gl.minimum(n * T.BLOCK_N + T.BLOCK_N, N) - (N - M) + band[0]
+        hi = gl.minimum((gl.maximum(end, 0) + T.BLOCK_M - 1) // T.BLOCK_M, last)
+    if F.ragged:  # noqa: SIM102  compile time outside, run time inside
+        if n * T.BLOCK_N >= N:
+            hi = lo
+    if F.left:
+        hi = gl.maximum(hi, lo)
+    return lo, hi
+
+
+@gluon.jit
+def unmasked_range(key0, KEYS: gl.constexpr, M, N, band, hi, F: gl.constexpr, T: gl.constexpr):
+    """Query tiles [lo, hi) whose every row sees every key of [key0, key0 + KEYS)."""
+    lo = 0
+    if F.right:
+        lo = (gl.maximum(key0 + KEYS - 1 - (N - M) - band[1], 0) + T.BLOCK_M - 1) // T.BLOCK_M
+    if F.left:
+        hi = gl.minimum(gl.maximum(key0 - (N - M) + band[0] + 1, 0) // T.BLOCK_M, hi)
+    if key0 + KEYS > N:
+        lo = 1 << 30
+    return lo, hi
+
+
+@gluon.jit
+def needs_mask(m, whole, F: gl.constexpr):
+    """Whether query tile m lies outside of the tiles that see every key."""
+    masked = m < whole[0]
+    if F.left:
+        masked = masked | (m >= whole[1])
+    return masked
+
+
+@gluon.jit
+def produce(descs, units, smems, bars, seqs, sizes, band, F: gl.constexpr, T: gl.constexpr):
+    """The producer warp: K and V once, then the rings of Q with its row statistics and of dO."""
+    q_desc, do_desc, k_desc, v_desc, stats_desc = descs
+    q_s, do_s, k_s, v_s, lse_s, delta_s = smems
+    q_full, do_full, kv_full = bars
+    n, hk, pair, q_side, k_side = place(gl.program_id(0), seqs, sizes, T)
+    M, tile0 = q_side[3], q_side[4]
+    N = k_side[3]
+    lo, hi = query_range(n, M, N, band, F, T)
+    group = sizes[2] // sizes[3]
+    total = (hi - lo) * group
+    BLOCKS: gl.constexpr = k_s.shape[0]  # of the key tile: one per warpgroup when both own their keys
+    ROWS: gl.constexpr = T.BLOCK_N // BLOCKS
+    key0 = n * T.BLOCK_N
+    if total > 0:
+        mbarrier.expect(kv_full.index(0), BLOCKS * (k_desc.block_type.nbytes + v_desc.block_type.nbytes))
+        for i in gl.static_range(BLOCKS):
+            at = box(k_side, hk, key0 + i * ROWS, N, units[2], F.ragged)
+            tma_load(k_desc, at, kv_full.index(0), k_s.index(i))
+    h = hk * group
+    m = lo
+    stats = (h * sizes[7] + tile0 + m) * 2
+    loads = total
+    if T.PREFETCH:  # noqa: SIM102
+        # Q runs one tile ahead; a last dummy tile keeps the consumers free of branches
+        if total > 0:
+            loads = total + 1
+    for it in range(loads):
+        st = it % T.STAGES
+        if it >= T.STAGES:
+            barrier_sync(BAR_Q + st, 288)
+        full = q_full.index(st)
+        mbarrier.expect(full, q_desc.block_type.nbytes + 2 * stats_desc.block_type.nbytes)
+        tma_load(q_desc, box(q_side, h, m * T.BLOCK_M, M, units[0], F.ragged), full, q_s.index(st))
+        tma_load(stats_desc, [stats * T.BLOCK_M], full, lse_s.index(st))
+        tma_load(stats_desc, [(stats + 1) * T.BLOCK_M], full, delta_s.index(st))
+        if it == 0:
+            # behind Q: the first product needs only K and Q
+            for i in gl.static_range(BLOCKS):
+                at = box(k_side, hk, key0 + i * ROWS, N, units[3], F.ragged)
+                tma_load(v_desc, at, kv_full.index(0), v_s.index(i))
+        if it < total:
+            if it >= T.STAGES:
+                barrier_sync(BAR_DO + st, 288)
+            full = do_full.index(st)
+            mbarrier.expect(full, do_desc.block_type.nbytes)
+            tma_load(do_desc, box(q_side, h, m * T.BLOCK_M, M, units[1], F.ragged), full, do_s.index(st))
+        m += 1
+        stats += 2
+        if m == hi:  # noqa: SIM102
+            if it + 1 < total:
+                m = lo
+                h += 1
+                stats = (h * sizes[7] + tile0 + m) * 2
+
+
+@gluon.jit
+def _dq_piece(dq_acc, i, tiles, h0, tile0, query_tiles, WG: gl.constexpr, COLS: gl.constexpr):
+    head = h0 + i // tiles
+    piece = (head * query_tiles + tile0 + i % tiles) * 2 + WG
+    return load_quads(dq_acc + piece.to(gl.int64) * (64 * COLS), COLS // 8)
+
+
+@gluon.jit
+def _store_dq(
+    dq,
+    strides,
+    x,
+    stage_s,
+    i,
+    tiles,
+    h0,
+    q_side,
+    scale,
+    dim,
+    WG: gl.constexpr,
+    COLS: gl.constexpr,
+    T: gl.constexpr,
+):
+    AL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
+    b, row_q, slot_q, M, tile0 = q_side
+    h = h0 + i // tiles
+    row, col = (i % tiles) * T.BLOCK_M, WG * COLS
+    if T.BLOCK_M == 128:
+        row, col = row + WG * 64, 0
+    head = dq + b.to(gl.int64) * strides[0] + row_q.to(gl.int64) * strides[1] + h.to(gl.int64) * strides[2]
+    stage_s.store((accumulator_of(x, COLS // 8, AL) * scale).to(stage_s.dtype))
+    store_rows(head, strides, stage_s, row, slot_q, col, dim)
+
+
+@gluon.jit
+def finish_dq(
+    sums, stage_s, pair, hk, q_side, sizes, scale, dim, WG: gl.constexpr, COLS: gl.constexpr, T: gl.constexpr
+):  # fmt: skip
+    """Convert this warpgroup's pieces of dQ, if every other program of the (batch, kv head) is done with them.
+
+    The sums still lie in L2 then; a kernel of its own would read them from memory (53 of 560 us at 16k tokens, S=1k).
+    `stage_s` is a (64, COLS) shared buffer that nobody else uses.
+    """
+    dq, strides, dq_acc, arrivals = sums
+    bulk_wait_all()
+    barrier_sync(BAR_WG + WG, 128)
+    before = gl.atomic_add(arrivals + pair * 2 + WG, 1, sem="acq_rel", scope="gpu")
+    if before == sizes[6] - 1:
+        tile0, query_tiles = q_side[4], sizes[7]
+        group = sizes[2] // sizes[3]
+        tiles = (q_side[2] + T.BLOCK_M - 1) // T.BLOCK_M
+        total = tiles * group
+        h0 = hk * group
+        # several pieces in flight hide the latency of L2; 128 registers of them at most
+        DEPTH: gl.constexpr = 4 if COLS == 64 else 2
+        for i in range(0, total, DEPTH):
+            x0 = _dq_piece(dq_acc, i, tiles, h0, tile0, query_tiles, WG, COLS)
+            x1 = _dq_piece(dq_acc, gl.minimum(i + 1, total - 1), tiles, h0, tile0, query_tiles, WG, COLS)
+            if DEPTH == 4:
+                x2 = _dq_piece(dq_acc, gl.minimum(i + 2, total - 1), tiles, h0, tile0, query_tiles, WG, COLS)
+                x3 = _dq_piece(dq_acc, gl.minimum(i + 3, total - 1), tiles, h0, tile0, query_tiles, WG, COLS)
+            _store_dq(dq, strides, x0, stage_s, i, tiles, h0, q_side, scale, dim, WG, COLS, T)
+            if i + 1 < total:
+                _store_dq(dq, strides, x1, stage_s, i + 1, tiles, h0, q_side, scale, dim, WG, COLS, T)
+            if DEPTH == 4:
+                if i + 2 < total:
+                    _store_dq(dq, strides, x2, stage_s, i + 2, tiles, h0, q_side, scale, dim, WG, COLS, T)
+                if i + 3 < total:
+                    _store_dq(dq, strides, x3, stage_s, i + 3, tiles, h0, q_side, scale, dim, WG, COLS, T)
