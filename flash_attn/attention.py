@@ -1,14 +1,15 @@
 """attention(problem, operands): the one place where autograd meets a backend."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from flash_attn import dispatch
 from flash_attn.backends import empty
+from flash_attn.errors import UnsupportedError
 from flash_attn.problem import Operands, Problem
 
 
@@ -99,22 +100,20 @@ def _inputs(ops: Operands, packed: Tensor | None) -> tuple[Tensor, ...]:
     return inputs if ops.sink is None else (*inputs, ops.sink)
 
 
-def _views(ops: Operands, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v out of what `_inputs` gave; used on tensors and on their gradients."""
-    inputs = inputs if ops.sink is None else inputs[:-1]
+def _views(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+    """q, k and v out of what `_inputs` gave, without the sink; of tensors or of their gradients."""
+    if len(inputs) == 3:
+        return inputs
     if len(inputs) == 1:
-        q, k, v = inputs[0].unbind(-3)
-    elif len(inputs) == 2:
-        q, (k, v) = inputs[0], inputs[1].unbind(-3)
-    else:
-        q, k, v = inputs
-    return q, k, v
+        return inputs[0].unbind(-3)
+    return inputs[0], *inputs[1].unbind(-3)
 
 
 def _save(ctx, call: _Call, inputs: tuple[Tensor, ...], out: Tensor, lse: Tensor) -> None:
     ctx.save_for_backward(*inputs, out, lse)
-    # Indices, lengths, slopes and the dropout seed carry no gradient; q, k and v are not kept twice.
-    ctx.call = call._replace(ops=call.ops._replace(q=None, k=None, v=None))  # type: ignore[arg-type]
+    # Lengths, indices, slopes and the seed carry no gradient. A reference to q, k or v here would
+    # keep them alive behind the back of checkpointing and offloading.
+    ctx.call = call.problem, call.ops[3:], call.forced
     ctx.set_materialize_grads(False)
 
 
@@ -128,22 +127,44 @@ class _Attention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dout: Tensor | None, dlse: Tensor | None):
+        with torch.no_grad():
+            grads = _Attention._gradients(ctx, dout, dlse)
+        if torch.is_grad_enabled():  # create_graph=True
+            grads = _NoSecondDerivative.apply(len(grads), *grads, *ctx.saved_tensors, dout, dlse)
+        return None, *grads
+
+    @staticmethod
+    def _gradients(ctx, dout: Tensor | None, dlse: Tensor | None) -> Sequence[Tensor | None]:
         *inputs, out, lse = ctx.saved_tensors
-        problem, ops, forced = ctx.call
+        problem, rest, forced = ctx.call
         if dout is None:
             dout = torch.zeros_like(out)
-        q, k, v = _views(ops, inputs)
-        sink = None if ops.sink is None else inputs[-1]
-        ops = ops._replace(q=q, k=k, v=v, sink=sink)
-        # contiguous, not empty_like: the gradient of an expanded k must not overlap itself
-        grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs]
-        into = _views(ops, tuple(grads))
-        result = run_backward(problem, ops, out, lse, dout, dlse, into, forced)
+        sink = inputs.pop() if problem.sink else None
+        grads: list[Tensor | None] = [torch.empty_like(x) for x in inputs]
+        ops = Operands(*_views(inputs), *rest)
         if sink is not None:
-            grads[-1] = result.dsink
-        return None, *grads
+            ops = ops._replace(sink=sink)
+        result = run_backward(problem, ops, out, lse, dout, dlse, _views(grads), forced)
+        return grads if sink is None else [*grads, result.dsink]
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """Identity of the first `count` tensors, whose gradient is refused: else they would pass for constants."""
+
+    @staticmethod
+    def forward(count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return tensors[:count]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise UnsupportedError(
+            "attention has no second derivative; write this part with torch operations instead"
+        )
 
 
 class _TransformableAttention(_Attention):
@@ -151,9 +172,11 @@ class _TransformableAttention(_Attention):
 
     @staticmethod
     def forward(call: _Call, *inputs: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        q, k, v = _views(call.ops, inputs)
-        sink = None if call.ops.sink is None else inputs[-1]
-        return run_forward(call.problem, call.ops._replace(q=q, k=k, v=v, sink=sink), call.forced)
+        problem, ops, forced = call
+        if problem.sink:
+            *inputs, sink = inputs
+            ops = ops._replace(sink=sink)
+        return run_forward(problem, Operands(*_views(inputs), *ops[3:]), forced)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:

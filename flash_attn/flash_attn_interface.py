@@ -306,5 +306,5 @@ def _unpack(name: str, packed: Any, form: str) -> tuple[Tensor, ...]:
         raise ArgumentTypeError(f"{name} must be a torch.Tensor, got {type(packed).__name__}")
     if packed.ndim != form.count(",") + 1 or packed.shape[-3] != len(name):
         raise ArgumentValueError(f"{name} must have shape {form}, got {tuple(packed.shape)}")
-    packed = last_contiguous(packed)
+    packed = last_contiguous(name, packed)
     return packed, *packed.detach().unbind(-3)

@@ -73,9 +73,9 @@ def describe(
         )  # fmt: skip
         remember(key, problem)
     if alibi_slopes is not None:
-        alibi_slopes = last_contiguous(alibi_slopes)
+        alibi_slopes = last_contiguous("alibi_slopes", alibi_slopes)
     ops = Operands(
-        last_contiguous(q), last_contiguous(k), last_contiguous(v), alibi_slopes=alibi_slopes, sink=sink
+        last_contiguous("q", q), last_contiguous("k", k), last_contiguous("v", v), alibi_slopes=alibi_slopes, sink=sink
     )  # fmt: skip
     return problem, ops
 
@@ -174,12 +174,12 @@ def describe_varlen(
         # pages know no start row: only the lengths of cu_seqlens_k mean something
         seqused_k = cu_seqlens_k[1:] - cu_seqlens_k[:-1]
     if alibi_slopes is not None:
-        alibi_slopes = last_contiguous(alibi_slopes)
+        alibi_slopes = last_contiguous("alibi_slopes", alibi_slopes)
     ops = Operands(
-        last_contiguous(q), last_contiguous(k), last_contiguous(v),
+        last_contiguous("q", q), last_contiguous("k", k), last_contiguous("v", v),
         cu_seqlens_q=contiguous(cu_seqlens_q), cu_seqlens_k=contiguous(cu_seqlens_k) if problem.varlen_k else None,
         seqused_q=contiguous(seqused_q), seqused_k=contiguous(seqused_k), leftpad_k=contiguous(leftpad_k),
-        block_table=None if block_table is None else last_contiguous(block_table),
+        block_table=None if block_table is None else last_contiguous("block_table", block_table),
         alibi_slopes=alibi_slopes, sink=sink,
     )  # fmt: skip
     return problem, ops
@@ -287,9 +287,17 @@ def meta(x: Tensor) -> tuple:
     return x.shape, x.dtype, x.device
 
 
-def last_contiguous(x: Tensor) -> Tensor:
+def last_contiguous(name: str, x: Tensor) -> Tensor:
     """x, or a copy of it when its last dimension is strided."""
-    return x if x.is_contiguous() or x.stride(-1) == 1 else x.contiguous()
+    if x.is_contiguous() or x.stride(-1) == 1:
+        return x
+    check_dense(name, x)  # a sparse tensor may look like a remembered dense one
+    return x.contiguous()
+
+
+def check_dense(name: str, x: Tensor) -> None:
+    if x.layout != torch.strided or x.is_nested:
+        raise ArgumentTypeError(f"{name} must be a dense tensor, got layout {x.layout}, nested {x.is_nested}")
 
 
 def contiguous(x: Tensor | None) -> Tensor | None:
@@ -337,10 +345,7 @@ def check_tensors(required: dict[str, Any], **optional: Any) -> None:
             continue
         if not isinstance(x, Tensor):
             raise ArgumentTypeError(f"{name} must be a torch.Tensor, got {_show(x)}")
-        if x.layout != torch.strided or x.is_nested:
-            raise ArgumentTypeError(
-                f"{name} must be a dense tensor, got layout {x.layout}, nested {x.is_nested}"
-            )
+        check_dense(name, x)
 
 
 def check_rows(

@@ -98,9 +98,7 @@ def describe_kvcache(
     new_keys = 0 if k is None else k.shape[1]
     if type(cache_seqlens) is int:
         capacity = _capacity(problem, k_cache, block_table)
-        validate_values.in_range(
-            "cache_seqlens", [cache_seqlens + new_keys], new_keys, [capacity], "capacity"
-        )
+        validate_values.cache_ends([cache_seqlens], new_keys, capacity, block_table is not None)
         lengths = torch.full((problem.batch,), cache_seqlens, dtype=torch.int32, device=q.device)
     if validate_values.wanted(problem):
         validate_values.check_cache(
@@ -111,12 +109,14 @@ def describe_kvcache(
     if k is not None:
         assert v is not None and lengths is not None  # _check_append
         cos, sin = contiguous(rotary_cos), contiguous(rotary_sin)
-        new = Append(last_contiguous(k), last_contiguous(v), cos, sin, bool(rotary_interleaved), lengths)
+        new = Append(
+            last_contiguous("k", k), last_contiguous("v", v), cos, sin, bool(rotary_interleaved), lengths
+        )
     ops = Operands(
-        last_contiguous(q), k_cache, v_cache, seqused_k=lengths, leftpad_k=contiguous(cache_leftpad),
-        block_table=None if block_table is None else last_contiguous(block_table),
+        last_contiguous("q", q), k_cache, v_cache, seqused_k=lengths, leftpad_k=contiguous(cache_leftpad),
+        block_table=None if block_table is None else last_contiguous("block_table", block_table),
         cache_batch_idx=contiguous(cache_batch_idx),
-        alibi_slopes=None if alibi_slopes is None else last_contiguous(alibi_slopes), sink=sink,
+        alibi_slopes=None if alibi_slopes is None else last_contiguous("alibi_slopes", alibi_slopes), sink=sink,
     )  # fmt: skip
     return problem, ops, new
 

@@ -48,15 +48,7 @@ def check_cache(
     B, N = problem.batch, problem.max_k
     ends = [N] * B
     if cache_seqlens is not None:
-        before = cache_seqlens.tolist()
-        ends = [n + new_keys for n in before]
-        for b, (n, end) in enumerate(zip(before, ends, strict=True)):
-            if n < 0 or end > N:
-                where = "addressable by block_table" if block_table is not None else "of the cache"
-                raise ArgumentValueError(
-                    f"cache_seqlens[{b}] must not be negative and, with {new_keys} new keys, not be such that it"
-                    f" exceeds the capacity {where}, {N}, got {n}"
-                )
+        ends = cache_ends(cache_seqlens.tolist(), new_keys, N, block_table is not None)
     if cache_leftpad is not None:
         in_range("cache_leftpad", cache_leftpad.tolist(), 0, ends, "end of the valid keys")
     if cache_batch_idx is not None:
@@ -69,6 +61,18 @@ def check_cache(
         )
     if block_table is not None:
         check_pages(block_table, ends, problem.page_size, k_cache.shape[0])
+
+
+def cache_ends(cache_seqlens: list[int], new_keys: int, capacity: int, paged: bool) -> list[int]:
+    """Where the keys of each sequence end after the append."""
+    for b, n in enumerate(cache_seqlens):
+        if n < 0 or n + new_keys > capacity:
+            where = "addressable by block_table" if paged else "of the cache"
+            raise ArgumentValueError(
+                f"cache_seqlens[{b}] must not be negative and, with {new_keys} new keys, not be such that it"
+                f" exceeds the capacity {where}, {capacity}, got {n}"
+            )
+    return [n + new_keys for n in cache_seqlens]
 
 
 def _sequences(
