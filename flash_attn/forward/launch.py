@@ -165,8 +165,8 @@ def features(problem: Problem, config: FwdConfig) -> Features:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How fp32 is multiplied: as `torch.set_float32_matmul_precision` says, exactly unless it allows tf32."""
-    if dtype is torch.float32 and torch.get_float32_matmul_precision() != "highest":
+    """How fp32 is multiplied: exactly, unless `torch.set_float32_matmul_precision` or its like allows tf32."""
+    if dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
     return "ieee"
 

@@ -1,0 +1,121 @@
+"""Every kernel of the Triton family compiles for GPUs that need not be there, with every feature.
+
+Its own process, without TRITON_INTERPRET: `pytest -m compile tests/test_compile.py`. The interpreter accepts code
+that the compiler does not (a return inside an if, say). To add a kernel: one entry in KERNELS.
+"""
+
+import os
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+from cases import Case, build  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+
+from flash_attn.utils import device, launcher  # noqa: E402
+
+pytestmark = [
+    pytest.mark.compile,
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter is on"),
+]
+
+HALF = dict(dtype=torch.bfloat16, heads=4, kv_heads=2, max_q=150, max_k=256)
+FEATURES = [
+    Case("causal", head_dim=128, causal=True, **HALF),
+    Case("window_fp16", head_dim=64, window=(30, 5), **HALF | dict(dtype=torch.float16)),
+    Case("alibi_softcap_sink", head_dim=128, alibi="bh", softcap=20.0, sink=True, **HALF),
+    Case("dropout", head_dim=128, dropout_p=0.1, causal=True, **HALF),
+    Case("head_dim_96_negative_scale", head_dim=96, scale=-1.0, **HALF),
+    Case("head_dim_192_128", head_dim=192, head_dim_v=128, causal=True, **HALF),
+    Case("head_dim_256", head_dim=256, causal=True, **HALF),
+    Case("head_dim_512", head_dim=512, **HALF),
+    Case("head_dim_33", head_dim=33, **HALF),
+    Case("fp32", head_dim=64, causal=True, **HALF | dict(dtype=torch.float32)),
+    Case("packed_used", batch=3, head_dim=64, causal=True, packed_q=(150, 9, 0), packed_k=(256, 7, 9),
+         seqused_k=(200, 7, 3), **HALF),
+]  # fmt: skip
+CACHE = [
+    Case("leftpad_batch_idx", head_dim=64, seqused_k=(9, 30), leftpad=(3, 0), batch_idx=(3, 1), **HALF),
+    Case("paged_16", head_dim=128, seqused_k=(256, 200), page_size=16, causal=True, **HALF),
+    Case("paged_256", head_dim=128, seqused_k=(256, 200), page_size=256, causal=True, **HALF),
+]
+TARGETS = {"a100": 80, "h100": 90, "b200": 100}
+
+
+def forward(problem, ops):
+    from flash_attn.forward import launch
+    from flash_attn.tuning import table
+
+    out, lse = launch.empty_outputs(problem, ops.q)
+    yield launch.plan(problem, ops, out, lse, table.forward_config(problem))
+
+
+# name of the kernel -> (function from (problem, operands) to the launches to compile, cases)
+KERNELS = {
+    "forward": (forward, FEATURES + CACHE),
+}
+
+
+def jobs():
+    for name, (_, cases) in KERNELS.items():
+        yield from ((name, case) for case in cases)
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+@pytest.mark.parametrize("job", list(jobs()), ids=lambda j: f"{j[0]}-{j[1].id}")
+def test_compiles_and_fits(job, arch):
+    name, case = job
+    problem, ops, *_ = build(case)
+    with device.assume(device.KNOWN[arch]):
+        for step in KERNELS[name][0](problem, ops):
+            kernel = launcher.build(*step[:1], *step[2:], target=GPUTarget("cuda", TARGETS[arch], 32))
+            assert "cubin" in kernel.asm
+            assert kernel.metadata.shared <= device.KNOWN[arch].shared_memory
+
+
+def test_a_kernel_that_does_not_compile_names_the_problem():
+    from flash_attn.forward import launch
+    from flash_attn.tuning.config import FwdConfig
+
+    problem, ops, *_ = build(FEATURES[0])
+    out, lse = launch.empty_outputs(problem, ops.q)
+    step = launch.plan(problem, ops, out, lse, FwdConfig(48, 64, 4, 1))  # 48 is not a power of two
+    with pytest.raises(
+        launcher.KernelError, match=r"attn_fwd does not compile for Problem\(batch=2.*BLOCK_M.*48"
+    ):
+        launcher.build(*step[:1], *step[2:], problem=problem, target=GPUTarget("cuda", 90, 32))
+
+
+def test_no_length_stride_or_scale_is_specialised():
+    """Two problems that differ in every run-time number have the same kernel."""
+    from flash_attn.forward import launch
+    from flash_attn.tuning.config import FwdConfig
+
+    seen = set()
+    sizes = (
+        dict(batch=1, max_q=1, max_k=1, heads=1, kv_heads=1),
+        dict(batch=3, max_q=160, max_k=48, heads=6, kv_heads=2),
+    )
+    for size in sizes:
+        case = Case("x", head_dim=64, dtype=torch.bfloat16, causal=True, scale=size["max_q"] / 7, **size)
+        problem, ops, *_ = build(case)
+        problem = problem._replace(right=0)
+        out, lse = launch.empty_outputs(problem, ops.q)
+        step = launch.plan(problem, ops, out, lse, FwdConfig(64, 64, 4, 2))
+        seen.add((launcher.describe(step.kernel, step.args), tuple(step.constants.items())))
+    assert len(seen) == 1
+
+
+def test_unaligned_rows_get_their_own_kernel():
+    """A view that starts in the middle of 16 bytes must not be read 16 bytes at a time."""
+    from flash_attn.forward import launch
+    from flash_attn.tuning.config import FwdConfig
+
+    problem, ops, *_ = build(Case("x", head_dim=64, dtype=torch.bfloat16))
+    out, lse = launch.empty_outputs(problem, ops.q)
+    aligned = launch.plan(problem, ops, out, lse, FwdConfig(64, 64, 4, 2))
+    wide = torch.empty(2, 23, 2, 72, dtype=torch.bfloat16)[..., 4:68]
+    odd = launch.plan(problem, ops._replace(k=wide), out, lse, FwdConfig(64, 64, 4, 2))
+    assert launcher.describe(aligned.kernel, aligned.args)[1]
+    assert not launcher.describe(odd.kernel, odd.args)[1]
