@@ -67,17 +67,18 @@ def account(
     area = p.batch * p.heads * p.max_q * p.max_k
     if mode == "paper":
         scale = (0.5 if p.causal else 1.0) * (1.0 if direction == "forward" else 2.5) / sequence_parallel
-        qk, pv = 2 * area * p.head_dim * scale, 2 * area * p.head_dim_v * scale
+        logit, attend = 2 * area * p.head_dim * scale, 2 * area * p.head_dim_v * scale
+        total = logit + attend
         return Account(
-            mode, "FLOP", qk, pv, 0.0, qk + pv, qk + pv, "4 B H M N D; causal half; backward x 2.5"
+            mode, "FLOP", logit, attend, 0.0, total, total, "4 B H M N D; causal half; backward x 2.5"
         )
     if direction != "forward":
         raise ArgumentValueError(f"mode {mode} counts no backward pass, got direction={direction!r}")
     if mode == "genz-original":
         keys = p.max_k // sequence_parallel
-        ops = float(p.batch * p.heads * p.max_q * keys * p.head_dim)
+        macs = float(p.batch * p.heads * p.max_q * keys * p.head_dim)
         return Account(
-            mode, "MAC", ops, ops, 0.0, 4 * ops, 4 * ops, "no mask, no softmax; keys // sequence_parallel"
+            mode, "MAC", macs, macs, 0.0, 4 * macs, 4 * macs, "no mask, no softmax; keys // sequence_parallel"
         )
     if not softmax_constant > 0:
         raise ArgumentValueError(f"softmax_constant must be positive, got {softmax_constant}")

@@ -75,7 +75,9 @@ def main(argv: Sequence[str], report: Callable[[str], None] = print) -> None:
         best = min((fit(chosen, start) for start in candidates), key=lambda c: loss(chosen, c))
         stored["families"][family] = {name: float(f"{value:.4g}") for name, value in best._asdict().items()}
         stored["provenance"][family] = {"rows": len(chosen), "files": sorted({row.source for row in chosen})}
-        report(f"{family}: {len(chosen)} of {len(rows)} rows, rms error {math.sqrt(loss(chosen, best)):.1%}, {best}")
+        report(
+            f"{family}: {len(chosen)} of {len(rows)} rows, rms error {math.sqrt(loss(chosen, best)):.1%}, {best}"
+        )
     target.write_text(json.dumps(stored, indent=1) + "\n")
 
 

@@ -59,7 +59,9 @@ _MUFU = f"16 special-function results a clock and SM for every capability from 7
 _SMEM = "128 bytes a clock and SM: NVIDIA Ampere and Hopper tuning guides, shared memory"
 _LAUNCH = "typical back-to-back latency of small kernels on one stream; --calibrate measures it"
 _A100 = "https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center/a100/pdf/nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf"
-_A100_WP = "https://images.nvidia.com/aem-dam/en-zz/Solutions/data-center/nvidia-ampere-architecture-whitepaper.pdf"
+_A100_WP = (
+    "https://images.nvidia.com/aem-dam/en-zz/Solutions/data-center/nvidia-ampere-architecture-whitepaper.pdf"
+)
 _H100 = "https://resources.nvidia.com/en-us-tensor-core/nvidia-tensor-core-gpu-datasheet"
 _H100_WP = "https://resources.nvidia.com/en-us-tensor-core/gtc22-whitepaper-hopper"
 _H200 = "https://nvdam.widen.net/s/nb5zzzsjdf/hpc-datasheet-sc23-h200-datasheet-3002446"
@@ -77,7 +79,11 @@ def _nvidia(
 ) -> Hardware:  # fmt: skip
     sources = {"matrix": sheet, "bandwidth": sheet, "memory": sheet, "link": sheet}
     sources |= {"processors": paper, "l2": paper, "clock": paper, "exps_per_clock": _MUFU}
-    sources |= {"shared_bandwidth": _SMEM, "launch": _LAUNCH, "link_latency": "typical NCCL small-message latency"}
+    sources |= {
+        "shared_bandwidth": _SMEM,
+        "launch": _LAUNCH,
+        "link_latency": "typical NCCL small-message latency",
+    }
     sources["l2_bandwidth"] = f"5120 bytes a clock for the whole device, as stated for A100: {_A100_WP}"
     return Hardware(
         name, title, {k: v * 1e12 for k, v in matrix.items()}, bandwidth * GB, int(memory * GB), l2 * MB, 5120 * clock,
@@ -151,7 +157,13 @@ HARDWARE = {
         ),
     )
 }  # fmt: skip
-ALIASES = {"cpu": "epyc9654", "a100-80gb": "a100", "a100_80gb_gpu": "a100", "h100_gpu": "h100", "4090": "rtx4090"}
+ALIASES = {
+    "cpu": "epyc9654",
+    "a100-80gb": "a100",
+    "a100_80gb_gpu": "a100",
+    "h100_gpu": "h100",
+    "4090": "rtx4090",
+}
 
 
 def get_hardware(name: "str | Hardware") -> Hardware:
@@ -169,5 +181,7 @@ def get_hardware(name: "str | Hardware") -> Hardware:
 
         return load()
     if key not in HARDWARE:
-        raise ArgumentValueError(f"hardware must be one of {', '.join([*HARDWARE, 'cpu', 'local'])}, got {name!r}")
+        raise ArgumentValueError(
+            f"hardware must be one of {', '.join([*HARDWARE, 'cpu', 'local'])}, got {name!r}"
+        )
     return HARDWARE[key]

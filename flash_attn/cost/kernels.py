@@ -19,10 +19,10 @@ from typing import NamedTuple
 
 from flash_attn.cost.counts import count, sequences, tile_steps, visible_keys
 from flash_attn.cost.hardware import SUSTAINED_BANDWIDTH, SUSTAINED_L2, Hardware, get_hardware
+from flash_attn.cost.tiles import Tile, Tiles, dims, info, tiles_of
 from flash_attn.errors import ArgumentValueError
 from flash_attn.kvcache import splits
 from flash_attn.problem import Problem
-from flash_attn.utils.device import DeviceInfo
 
 BACKENDS = ("hopper", "triton", "cpu")
 KINDS = ("forward", "backward", "decode")
@@ -37,11 +37,6 @@ class Constants(NamedTuple):
     step: float  # s a step
     tile: float  # s a work item
     launch: float  # s a call
-
-
-class Tile(NamedTuple):
-    block_m: int
-    block_n: int
 
 
 class Pass(NamedTuple):
@@ -78,18 +73,6 @@ class Estimate(NamedTuple):
         return self.bytes / self.time_s / 1e9
 
 
-# (block_m, block_n) by padded head dimension; the Triton ones are `tuning.table`'s rules.
-FORWARD_TILES = {
-    "hopper": {64: Tile(192, 128), 128: Tile(128, 128), 256: Tile(128, 64)},
-    "triton": {64: Tile(128, 64), 128: Tile(128, 64), 256: Tile(128, 64), 512: Tile(64, 32)},
-}
-# (queries a step, keys of an item)
-BACKWARD_TILES = {
-    "hopper": {64: Tile(128, 128), 128: Tile(64, 128), 256: Tile(64, 64)},
-    "triton": {64: Tile(64, 128), 128: Tile(64, 128), 256: Tile(64, 64), 512: Tile(32, 32)},
-}
-
-
 @cache
 def _stored() -> dict[str, Constants]:
     text = (Path(__file__).parent / "data" / "kernels.json").read_text()
@@ -110,7 +93,12 @@ def choose(problem: Problem, hardware: Hardware, direction: str) -> str:
         return "cpu"
     half = problem.dtype.itemsize == 2
     features = problem.dropout_p or problem.alibi or problem.leftpad
-    if hardware.name in ("h100", "h200") and half and max(problem.head_dim, problem.head_dim_v) <= 256 and not features:
+    if (
+        hardware.name in ("h100", "h200")
+        and half
+        and max(problem.head_dim, problem.head_dim_v) <= 256
+        and not features
+    ):
         return "hopper"
     return "triton"
 
@@ -119,8 +107,7 @@ def kind_of(problem: Problem, direction: str, hardware: Hardware) -> str:
     """Which family of kernels serves the call."""
     if direction == "backward":
         return "backward"
-    device = DeviceInfo(hardware.title, (0, 0), hardware.processors, 0)
-    return "decode" if splits.wants(problem, device) else "forward"
+    return "decode" if splits.wants(problem, info(hardware)) else "forward"
 
 
 def estimate(
@@ -159,28 +146,24 @@ def estimate(
         return _on_cpu(work, hw, c, rate, kind)
     if kind == "decode":
         return _decode(problem, sequences(problem, lens_q, lens_k), work, hw, c)
-    tile = tile or default_tile(problem, backend, kind)
+    tiles = Tiles(tile, tile) if tile else tiles_of(problem, backend, kind, hw)
     lens = tuple(None if lens is None else tuple(lens) for lens in (lens_q, lens_k))
-    passes = plan(problem, direction, backend, tile, lens)
-    parts: dict[str, float] = dict.fromkeys(("matrix", "softmax", "overhead", "imbalance", "memory", "l2"), 0.0)
+    passes = plan(problem, direction, backend, tiles, lens)
+    parts: dict[str, float] = dict.fromkeys(
+        ("matrix", "softmax", "overhead", "imbalance", "memory", "l2"), 0.0
+    )
     for one in passes:
         for name, value in _pass_time(one, hw, c, rate).items():
             parts[name] += value
     parts["launch"] = c.launch
-    return _result(parts, backend, kind, hw, tile, work)
-
-
-def default_tile(problem: Problem, backend: str, kind: str) -> Tile:
-    tiles = (FORWARD_TILES if kind == "forward" else BACKWARD_TILES)[backend]
-    dim = max(_padded(problem))
-    return tiles[dim if dim in tiles else max(tiles)]
+    return _result(parts, backend, kind, hw, tiles.main, work)
 
 
 @lru_cache(maxsize=4096)
-def plan(problem: Problem, direction: str, backend: str, tile: Tile, lens: tuple) -> tuple[Pass, ...]:
+def plan(problem: Problem, direction: str, backend: str, tiles: Tiles, lens: tuple) -> tuple[Pass, ...]:
     """The kernels of a call; what does not depend on the constants."""
     shapes, work = sequences(problem, *lens), count(problem, direction, *lens)
-    return (_forward if direction == "forward" else _backward)(problem, shapes, work, tile, _padded(problem), backend)
+    return (_forward if direction == "forward" else _backward)(problem, shapes, work, tiles, backend)
 
 
 def _result(parts: dict[str, float], backend: str, kind: str, hw: Hardware, tile: Tile, work) -> Estimate:
@@ -204,8 +187,7 @@ def _pass_time(one: Pass, hw: Hardware, c: Constants, rate: float) -> dict[str, 
     parts = {"matrix": steps * matrix, "softmax": steps * softmax}
     parts["overhead"] = total - sum(parts.values())
     parts["imbalance"] = busy - total
-    parts["memory"] = max(0.0, memory - max(busy, l2))
-    parts["l2"] = max(0.0, l2 - max(busy, memory)) if l2 > memory else 0.0
+    parts["memory" if memory > l2 else "l2"] = max(0.0, max(memory, l2) - busy)
     return parts
 
 
@@ -229,27 +211,21 @@ def makespan(items: Sequence[tuple[float, int]], workers: int) -> float:
     return max(free)
 
 
-def _padded(problem: Problem) -> tuple[int, int]:
-    """Head dimensions as the tiles hold them."""
-    d, dv = (max(16, 1 << (dim - 1).bit_length()) for dim in (problem.head_dim, problem.head_dim_v))
-    return max(d, 64), max(dv, 64)
-
-
-def _forward(problem: Problem, shapes, work, tile: Tile, padded: tuple[int, int], backend: str) -> tuple[Pass, ...]:
+def _forward(problem: Problem, shapes, work, tiles: Tiles, backend: str) -> tuple[Pass, ...]:
+    tile = tiles.main
     items: dict[int, int] = {}
     l2 = hbm = 0.0
     token = problem.kv_heads * (problem.head_dim + problem.head_dim_v) * problem.dtype.itemsize
     for (m, n), times in shapes.items():
-        steps = tile_steps(m, n, problem.left, problem.right, *tile)
+        steps = tile_steps(m, n, problem.left, problem.right, tile.block_m, tile.block_n)
         for s in steps:
             items[s] = items.get(s, 0) + times * problem.heads
         l2 += sum(steps) * tile.block_n * token * problem.group * times
         hbm += visible_keys(m, n, problem.left, problem.right) * token * times
     block = tile.block_m * tile.block_n
     own = sum(work.tensors[name] for name in ("q", "out", "lse"))
-    flops = 2 * block * sum(padded)
-    resident = 2 if backend == "triton" and max(padded) <= 64 else 1
-    return (Pass("forward", tuple(items.items()), resident, flops, block, hbm + own, l2 + own),)
+    flops = 2 * block * sum(dims(problem, backend))
+    return (Pass("forward", tuple(items.items()), tile.resident, flops, block, hbm + own, l2 + own),)
 
 
 def _key_items(problem: Problem, shapes, tile: Tile) -> tuple[tuple[int, int], ...]:
@@ -263,9 +239,10 @@ def _key_items(problem: Problem, shapes, tile: Tile) -> tuple[tuple[int, int], .
     return tuple(items.items())
 
 
-def _backward(problem: Problem, shapes, work, tile: Tile, padded: tuple[int, int], backend: str) -> tuple[Pass, ...]:
-    d, dv = padded
-    block, t = tile.block_m * tile.block_n, work.tensors
+def _backward(problem: Problem, shapes, work, tiles: Tiles, backend: str) -> tuple[Pass, ...]:
+    d, dv = dims(problem, backend)
+    tile, t = tiles.main, work.tensors
+    block = tile.block_m * tile.block_n
     keys = _key_items(problem, shapes, tile)
     reads = t["q"] + t["k"] + t["v"] + t["dout"]
     # Bytes of Q, dO and the row statistics that one step loads.
@@ -278,16 +255,18 @@ def _backward(problem: Problem, shapes, work, tile: Tile, padded: tuple[int, int
         main = Pass("dk dv dq", keys, 1, 2 * block * (3 * d + 2 * dv), block, reads + t["dk"] + t["dv"], l2)
         before = before._replace(memory_bytes=before.memory_bytes + wide)
         return before, main, Pass("dq", (), 1, 0, 0, wide + t["dq"], 0)
+    dkdv_l2 = steps * step_bytes
+    dkdv = Pass("dk dv", keys, tile.resident, 4 * block * (d + dv), block, reads + t["dk"] + t["dv"], dkdv_l2)
     rows: dict[int, int] = {}
-    turned = Tile(tile.block_n, tile.block_m)
+    other = tiles.rows or tile
     for (m, n), times in shapes.items():
-        for s in tile_steps(m, n, problem.left, problem.right, *turned):
+        for s in tile_steps(m, n, problem.left, problem.right, other.block_m, other.block_n):
             rows[s] = rows.get(s, 0) + times * problem.heads
-    l2_rows = sum(s * copies for s, copies in rows.items()) * step_bytes
-    resident = 2 if d <= 64 else 1
-    dkdv = Pass("dk dv", keys, resident, 4 * block * (d + dv), block, reads + t["dk"] + t["dv"], steps * step_bytes)
-    dq_flops = 2 * block * (2 * d + dv)
-    return before, dkdv, Pass("dq", tuple(rows.items()), resident, dq_flops, block, reads + t["dq"], l2_rows)
+    token = (problem.head_dim + problem.head_dim_v) * problem.dtype.itemsize
+    dq_l2 = sum(s * copies for s, copies in rows.items()) * other.block_n * token
+    block = other.block_m * other.block_n
+    flops = 2 * block * (2 * d + dv)
+    return before, dkdv, Pass("dq", tuple(rows.items()), other.resident, flops, block, reads + t["dq"], dq_l2)
 
 
 def _decode(problem: Problem, shapes, work, hw: Hardware, c: Constants) -> Estimate:
@@ -296,14 +275,15 @@ def _decode(problem: Problem, shapes, work, hw: Hardware, c: Constants) -> Estim
     Here `c.matrix` is the share of the data-sheet bandwidth that is reached, `c.tile` the time of a key tile in one
     program when bandwidth is free, `c.step` the merge of the spans: a second kernel.
     """
-    config = splits.configs(problem, 227 * 1024)[0]
+    config = splits.configs(problem, info(hw).shared_memory)[0]
     spans = splits.num_splits(problem, config, hw.processors)
     programs = problem.kv_heads * spans * -(-splits.rows(problem) // config.block_m)
     tiles: dict[float, int] = {}
     for (m, n), times in shapes.items():
         keys = visible_keys(m, n, problem.left, problem.right)
         # All spans are planned for the longest sequence, so those of shorter ones hold fewer tiles.
-        each = -(-(-(-keys // config.block_n)) // spans)
+        tiles_all = -(-keys // config.block_n)
+        each = -(-tiles_all // spans)
         tiles[each] = tiles.get(each, 0) + times * programs
     items = [(each * c.tile, number) for each, number in tiles.items()]
     asking = makespan(items, 2 * hw.processors)

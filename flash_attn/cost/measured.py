@@ -45,7 +45,8 @@ class Row(NamedTuple):
         """The description, without anything measured: orders rows the same way wherever they come from."""
         p = self.problem
         mask = "full" if p.left is None and p.right is None else f"{p.left},{p.right}"
-        lens = "" if self.lens_q is None and self.lens_k is None else f" varlen {sum(self.lens_k or self.lens_q)}"
+        ragged = self.lens_k or self.lens_q
+        lens = "" if ragged is None else f" varlen {sum(ragged)}"
         dims = f"D{p.head_dim:03}" + (f"/{p.head_dim_v}" if p.head_dim_v != p.head_dim else "")
         sizes = f"B{p.batch} H{p.heads}/{p.kv_heads} M{p.max_q:06} N{p.max_k:06}"
         return f"{self.kind} {self.backend} {dims} {mask} {sizes} {str(p.dtype)[6:]}{lens} page{p.page_size}"
@@ -57,7 +58,14 @@ class Row(NamedTuple):
     def predict(self, c: kernels.Constants | None = None) -> kernels.Estimate:
         backend = "triton" if self.kind == "decode" else self.backend
         return kernels.estimate(
-            self.problem, self.direction, self.hardware, backend, self.lens_q, self.lens_k, c=c, kind=self.kind
+            self.problem,
+            self.direction,
+            self.hardware,
+            backend,
+            self.lens_q,
+            self.lens_k,
+            c=c,
+            kind=self.kind,
         )
 
 
@@ -71,10 +79,14 @@ def row_of(fields: dict[str, Any], source: str) -> Row:
     if missing:
         raise ArgumentValueError(f"{source}: a row lacks {', '.join(missing)}: {fields}")
     if fields["kind"] not in kernels.KINDS:
-        raise ArgumentValueError(f"{source}: kind must be one of {', '.join(kernels.KINDS)}, got {fields['kind']!r}")
+        raise ArgumentValueError(
+            f"{source}: kind must be one of {', '.join(kernels.KINDS)}, got {fields['kind']!r}"
+        )
     dtype = getattr(torch, str(fields["dtype"]), None)
     if not isinstance(dtype, torch.dtype):
-        raise ArgumentValueError(f"{source}: dtype must be the name of a torch dtype, got {fields['dtype']!r}")
+        raise ArgumentValueError(
+            f"{source}: dtype must be the name of a torch dtype, got {fields['dtype']!r}"
+        )
     lens_q, lens_k = (None if fields.get(k) is None else tuple(fields[k]) for k in ("lens_q", "lens_k"))
     right = 0 if fields.get("causal") and fields.get("right") is None else fields.get("right")
     problem = Problem(
@@ -84,9 +96,13 @@ def row_of(fields: dict[str, Any], source: str) -> Row:
         seqused_k=lens_k is not None and fields["kind"] == "decode", page_size=fields.get("page_size") or 0,
         num_splits=fields.get("num_splits") or 0, deterministic=bool(fields.get("deterministic")),
     )  # fmt: skip
-    hardware = next((name for name in kernels_hardware() if name in fields["gpu"].lower().replace(" ", "")), None)
+    hardware = next(
+        (name for name in kernels_hardware() if name in fields["gpu"].lower().replace(" ", "")), None
+    )
     if hardware is None:
-        raise ArgumentValueError(f"{source}: gpu must name one of {', '.join(kernels_hardware())}, got {fields['gpu']!r}")
+        raise ArgumentValueError(
+            f"{source}: gpu must name one of {', '.join(kernels_hardware())}, got {fields['gpu']!r}"
+        )
     time_s = fields["time_us"] * 1e-6
     return Row(problem, fields["kind"], fields["backend"], lens_q, lens_k, time_s, hardware, source, fields)
 
@@ -106,7 +122,9 @@ def result_files(folder: Path | None = None) -> list[Path]:
     folder = folder or Path(__file__).parents[2] / "bench" / "results"
     files = sorted(folder.glob("*.json"))
     if not files:
-        raise ArgumentValueError(f"no measured results in {folder}: run from a checkout or pass --results FOLDER")
+        raise ArgumentValueError(
+            f"no measured results in {folder}: run from a checkout or pass --results FOLDER"
+        )
     return files
 
 
@@ -115,7 +133,9 @@ def load(paths: Sequence[Path], backends: Sequence[str] = OURS) -> list[Row]:
     rows = []
     for path in paths:
         content = json.loads(path.read_text())
-        meta, found = ({}, content) if isinstance(content, list) else (content.get("meta"), content.get("rows"))
+        meta, found = (
+            ({}, content) if isinstance(content, list) else (content.get("meta"), content.get("rows"))
+        )
         if not isinstance(found, list) or not isinstance(meta, dict):
             continue
         for fields in found:
@@ -156,4 +176,9 @@ def errors(table: Sequence[dict[str, Any]]) -> Errors:
     values = sorted(abs(line["error"]) for line in table)
     if not values:
         raise ArgumentValueError("no rows to compare")
-    return Errors(len(values), statistics.median(values), values[min(len(values) - 1, int(0.9 * len(values)))], values[-1])
+    return Errors(
+        len(values),
+        statistics.median(values),
+        values[min(len(values) - 1, int(0.9 * len(values)))],
+        values[-1],
+    )

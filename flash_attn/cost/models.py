@@ -221,8 +221,8 @@ def from_config(config: dict, name: str = "") -> ModelShape:
     kind = config.get("model_type", "")
     heads, hidden, layers = found["heads"], found["hidden"], found["layers"]
     experts = found["experts"] or 1
-    dense = found["intermediate"] or (4 * hidden if kind in _UNGATED else None)
-    expert = config.get("moe_intermediate_size") or dense
+    dense: Any = found["intermediate"] or (4 * hidden if kind in _UNGATED else None)
+    expert: Any = config.get("moe_intermediate_size") or dense
     if (dense if experts == 1 else expert) is None:
         raise ArgumentValueError("the model config lacks intermediate_size or moe_intermediate_size")
     if experts > 1 and found["top_k"] is None:
@@ -273,7 +273,7 @@ def check(shape: ModelShape) -> ModelShape:
     return shape
 
 
-def _first(config: dict, keys: tuple[str, ...]) -> int | None:
+def _first(config: dict, keys: tuple[str, ...]) -> Any:
     return next((config[key] for key in keys if config.get(key) is not None), None)
 
 

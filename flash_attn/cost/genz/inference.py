@@ -216,9 +216,9 @@ def _throughput(batch: int, latency_ms: float, pipeline: int) -> float:
 
 
 def prefill_moddeling(
-    model="llama2_7b", batch_size: int = 1, input_tokens: int = 4096, system_name="A100_40GB_GPU", system_eff: float = 1,
-    bits: str = "bf16", tensor_parallel: int = 1, pipeline_parallel: int = 1, expert_parallel: int = 1,
-    sequence_parallel: int = 1, model_offload: bool = False, mode: str | None = None,
+    model="llama2_7b", batch_size: int = 1, input_tokens: int = 4096, system_name="A100_40GB_GPU",
+    system_eff: float = 1, bits: str = "bf16", tensor_parallel: int = 1, pipeline_parallel: int = 1,
+    expert_parallel: int = 1, sequence_parallel: int = 1, model_offload: bool = False, mode: str | None = None,
     softmax_constant: float = SOFTMAX_CONSTANT, memory: str = "residency",
 ) -> ModdelingOutput:  # fmt: skip
     """Latency (ms) and throughput (requests/s) of reading a prompt, as GenZ computes them.

@@ -1,6 +1,7 @@
 """The machine as GenZ describes it, in GenZ's units: FLOP in powers of ten, bytes and bytes/s in powers of two."""
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 from flash_attn.errors import ArgumentTypeError, ArgumentValueError
 
@@ -148,7 +149,7 @@ def get_inference_system(
     Raises:
         ArgumentValueError: unknown name (the known ones are listed), or keys missing in the dict.
     """
-    common = {"bits": bits, "compute_efficiency": efficiency, "memory_efficiency": efficiency}
+    common: dict[str, Any] = {"bits": bits, "compute_efficiency": efficiency, "memory_efficiency": efficiency}
     if isinstance(system_name, System):
         kept = {field.name: getattr(system_name, field.name) for field in fields(System)}
         return System(**(kept | common))
@@ -165,6 +166,6 @@ def get_inference_system(
         raise ArgumentTypeError(f"system_name must be str, dict or System, got {type(system_name).__name__}")
     flops, memory, bandwidth, link, latency = values
     return System(
-        frequency=1000, flops=flops, off_chip_mem_size=memory * 1024, offchip_mem_bw=bandwidth, external_mem_bw=_HOST_GBS,
-        interchip_link_bw=link, interchip_link_latency=latency, **common,
+        frequency=1000, flops=flops, off_chip_mem_size=memory * 1024, offchip_mem_bw=bandwidth,
+        external_mem_bw=_HOST_GBS, interchip_link_bw=link, interchip_link_latency=latency, **common,
     )  # fmt: skip
