@@ -181,13 +181,13 @@ def get_model(model: "str | PathLike | dict | ModelShape") -> ModelShape:
         return from_config(model)
     if not isinstance(model, (str, PathLike)):
         raise ArgumentTypeError(f"model must be a name, a path or a config dict, got {type(model).__name__}")
-    name = str(model).lower()
-    name = ALIASES.get(name, name)
-    short = name.split("/")[-1]
-    for key in (short, ALIASES.get(short, short), short.replace("meta-llama-", "llama-")):
-        if key in KNOWN:
-            return KNOWN[key]
     path = Path(model)
+    if isinstance(model, str) and not path.exists():
+        name = ALIASES.get(model.lower(), model.lower())
+        short = name.split("/")[-1]
+        for key in (short, ALIASES.get(short, short), short.replace("meta-llama-", "llama-")):
+            if key in KNOWN:
+                return KNOWN[key]
     path = path / "config.json" if path.is_dir() else path
     if path.suffix == ".json":
         if not path.is_file():
@@ -241,7 +241,7 @@ def from_config(config: dict, name: str = "") -> ModelShape:
         experts=experts,
         top_k=found["top_k"] if experts > 1 else 1,
         moe_layers=_moe_layers(config, layers) if experts > 1 else 0,
-        dense_intermediate=dense or 0,
+        dense_intermediate=(dense or 0) if experts > 1 else 0,
         shared_intermediate=config.get("shared_expert_intermediate_size") or 0,
         tied=bool(config.get("tie_word_embeddings", kind in ("gpt2", "opt"))),
         positions=(found["max_length"] or 0) if kind in ("gpt2", "opt") else 0,
