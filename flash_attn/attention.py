@@ -10,7 +10,7 @@ from torch import Tensor
 from flash_attn import dispatch
 from flash_attn.backends import empty
 from flash_attn.errors import UnsupportedError
-from flash_attn.problem import Operands, Problem
+from flash_attn.problem import Append, Operands, Problem
 
 
 class _Call(NamedTuple):
@@ -82,6 +82,15 @@ def run_backward(problem: Problem, ops: Operands, out, lse, dout, dlse, into, fo
     with on_device(problem.device, index):
         backend = dispatch.select(problem, "backward", index, forced)
         return backend.backward(problem, ops, out, lse, dout, dlse, into)
+
+
+def run_append(problem: Problem, ops: Operands, new: Append) -> Operands:
+    """Rotate and store what a KV cache call brings; the operands of the attention that follows."""
+    from flash_attn.kvcache.append import append
+
+    with on_device(problem.device, ops.q.get_device()):
+        q, seqused_k = append(problem, ops, new)
+    return ops._replace(q=q, seqused_k=seqused_k)
 
 
 def on_device(device_type: str, index: int | None) -> AbstractContextManager[Any]:

@@ -24,11 +24,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash_attn.attention import attention, on_device, seeded
+from flash_attn import _raw as flash_attn_gpu  # noqa: F401  upstream's name for its compiled module
+from flash_attn import _traced
+from flash_attn._legacy import (  # noqa: F401  private names that other projects import from here
+    _flash_attn_backward,
+    _flash_attn_forward,
+    _flash_attn_varlen_backward,
+    _flash_attn_varlen_forward,
+    _get_block_size_n,
+    _wrapped_flash_attn_backward,
+    _wrapped_flash_attn_forward,
+    _wrapped_flash_attn_varlen_backward,
+    _wrapped_flash_attn_varlen_forward,
+    maybe_contiguous,
+    round_multiple,
+    surface_lse,
+)
+from flash_attn._traced import tracing
+from flash_attn.attention import attention, run_append, seeded
 from flash_attn.errors import ArgumentTypeError, ArgumentValueError
 from flash_attn.problem import Operands, Problem
 from flash_attn.validate import describe, describe_varlen, last_contiguous
 from flash_attn.validate_cache import describe_kvcache
+
+USE_TRITON_ROCM = False  # upstream's tests ask whether its AMD backend is in use
 
 Result = Tensor | tuple[Tensor, Tensor, Tensor]
 
@@ -65,10 +84,10 @@ def flash_attn_func(
         >>> flash_attn_func(q, k, v, causal=True).shape
         torch.Size([2, 64, 8, 32])
     """
-    problem, ops = describe(
-        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic
+    return _dense(
+        None, return_attn_probs, q, k, v, dropout_p, softmax_scale, causal, window_size, softcap,
+        alibi_slopes, deterministic,
     )  # fmt: skip
-    return _run(problem, ops, return_attn_probs)
 
 
 def flash_attn_kvpacked_func(
@@ -91,10 +110,10 @@ def flash_attn_kvpacked_func(
     Returns and raises: as `flash_attn_func`.
     """
     kv, k, v = _unpack("kv", kv, "(batch_size, seqlen_k, 2, num_heads_k, head_size)")
-    problem, ops = describe(
-        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic
+    return _dense(
+        kv, return_attn_probs, q, k, v, dropout_p, softmax_scale, causal, window_size, softcap,
+        alibi_slopes, deterministic,
     )  # fmt: skip
-    return _run(problem, ops, return_attn_probs, kv)
 
 
 def flash_attn_qkvpacked_func(
@@ -116,10 +135,10 @@ def flash_attn_qkvpacked_func(
     Returns and raises: as `flash_attn_func`.
     """
     qkv, q, k, v = _unpack("qkv", qkv, "(batch_size, seqlen, 3, num_heads, head_size)")
-    problem, ops = describe(
-        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic
+    return _dense(
+        qkv, return_attn_probs, q, k, v, dropout_p, softmax_scale, causal, window_size, softcap,
+        alibi_slopes, deterministic,
     )  # fmt: skip
-    return _run(problem, ops, return_attn_probs, qkv)
 
 
 def flash_attn_varlen_func(
@@ -156,11 +175,11 @@ def flash_attn_varlen_func(
     Raises: as `flash_attn_func`. The order and range of cu_seqlens and block_table are checked on the
         CPU, and on a GPU with FLASH_ATTN_CHECK=1.
     """
-    problem, ops = describe_varlen(
+    return _varlen(
+        None, return_attn_probs,
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
         window_size, softcap, alibi_slopes, deterministic, block_table,
     )  # fmt: skip
-    return _run(problem, ops, return_attn_probs)
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -185,11 +204,11 @@ def flash_attn_varlen_kvpacked_func(
         q: (total_q, H, D). kv: (total_k, 2, Hk, D). Others, returns and raises: as `flash_attn_varlen_func`.
     """
     kv, k, v = _unpack("kv", kv, "(total_k, 2, num_heads_k, head_size)")
-    problem, ops = describe_varlen(
+    return _varlen(
+        kv, return_attn_probs,
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
         window_size, softcap, alibi_slopes, deterministic,
     )  # fmt: skip
-    return _run(problem, ops, return_attn_probs, kv)
 
 
 def flash_attn_varlen_qkvpacked_func(
@@ -211,11 +230,11 @@ def flash_attn_varlen_qkvpacked_func(
         qkv: (total, 3, H, D). Others, returns and raises: as `flash_attn_varlen_func`.
     """
     qkv, q, k, v = _unpack("qkv", qkv, "(total, 3, num_heads, head_size)")
-    problem, ops = describe_varlen(
+    return _varlen(
+        qkv, return_attn_probs,
         q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal,
         window_size, softcap, alibi_slopes, deterministic,
     )  # fmt: skip
-    return _run(problem, ops, return_attn_probs, qkv)
 
 
 def flash_attn_with_kvcache(
@@ -262,28 +281,39 @@ def flash_attn_with_kvcache(
     Raises: as `flash_attn_func`. Values of cache_seqlens and indices are checked on the CPU, and on a
         GPU with FLASH_ATTN_CHECK=1.
     """
+    if tracing():
+        return _traced.call_kvcache(
+            q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad,
+            block_table, softmax_scale, causal, window_size, softcap, rotary_interleaved, alibi_slopes, num_splits,
+            return_softmax_lse,
+        )  # fmt: skip
     problem, ops, new = describe_kvcache(
         q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad,
         block_table, softmax_scale, causal, window_size, softcap, rotary_interleaved, alibi_slopes, num_splits,
     )  # fmt: skip
     with torch.no_grad():
-        if new is not None:
-            from flash_attn.kvcache.append import append
-
-            with on_device(problem.device, q.get_device()):
-                rotated, seqused_k = append(problem, ops, new)
-            ops = ops._replace(q=rotated, seqused_k=seqused_k)
-        out, lse = attention(problem, ops)
+        out, lse = attention(problem, ops if new is None else run_append(problem, ops, new))
     return (out, surface_lse(problem, lse)) if return_softmax_lse else out
 
 
-def surface_lse(problem: Problem, lse: Tensor) -> Tensor:
-    """lse as FlashAttention-2 gives it: +inf, not -inf, for a row that sees no key."""
-    lengths_vary = problem.varlen_k or problem.seqused_k or problem.leftpad or problem.seqused_q
-    # bounds reach the diagonal, which starts at key N - M: with equal lengths every row sees a key
-    if not lengths_vary and not problem.varlen_q and problem.max_q <= problem.max_k and problem.max_k > 0:
-        return lse
-    return lse.masked_fill(lse == -torch.inf, torch.inf)
+def _dense(packed: Tensor | None, return_attn_probs: bool, q, k, v, *common) -> Result:
+    """A dense call; `common` are the arguments of `describe` from dropout_p to deterministic."""
+    if tracing():
+        return _traced.call(q, k, v, *common, return_attn_probs)
+    problem, ops = describe(q, k, v, *common)
+    return _run(problem, ops, return_attn_probs, packed)
+
+
+def _varlen(
+    packed: Tensor | None, return_attn_probs: bool, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+    max_seqlen_k, *common,
+) -> Result:  # fmt: skip
+    """A call of packed sequences; `common` are those of `describe_varlen` from dropout_p on."""
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    if tracing():
+        return _traced.call(q, k, v, *common[:7], return_attn_probs, *lengths, *common[7:])
+    problem, ops = describe_varlen(q, k, v, *lengths, *common)
+    return _run(problem, ops, return_attn_probs, packed)
 
 
 def _run(problem: Problem, ops: Operands, return_attn_probs: bool, packed: Tensor | None = None) -> Result:
@@ -301,10 +331,13 @@ def _run(problem: Problem, ops: Operands, return_attn_probs: bool, packed: Tenso
 
 
 def _unpack(name: str, packed: Any, form: str) -> tuple[Tensor, ...]:
-    """`packed` with a contiguous last dimension, and its parts as views without autograd history."""
+    """`packed` with a contiguous last dimension, and its parts as views (without autograd history: `_run` gets
+    the whole)."""
     if not isinstance(packed, Tensor):
         raise ArgumentTypeError(f"{name} must be a torch.Tensor, got {type(packed).__name__}")
     if packed.ndim != form.count(",") + 1 or packed.shape[-3] != len(name):
         raise ArgumentValueError(f"{name} must have shape {form}, got {tuple(packed.shape)}")
+    if tracing():
+        return packed, *packed.unbind(-3)
     packed = last_contiguous(name, packed)
     return packed, *packed.detach().unbind(-3)

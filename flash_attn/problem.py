@@ -107,3 +107,15 @@ def window_bounds(
     if max_q == 1 and right is not None:
         right = None  # the only query is the last one: nothing lies to its right
     return left, right
+
+
+def sees_all_rows(problem: Problem) -> bool:
+    """Whether the description alone shows that every query sees a key.
+
+    Bounds reach the diagonal, which starts at key N - M of a row's own lengths; so it does when all
+    sequences have M <= N keys.
+    """
+    lengths_vary = (
+        problem.varlen_q or problem.varlen_k or problem.seqused_q or problem.seqused_k or problem.leftpad
+    )
+    return not lengths_vary and problem.max_q <= problem.max_k and problem.max_k > 0

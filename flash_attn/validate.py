@@ -19,6 +19,7 @@ from flash_attn.problem import Operands, Problem, window_bounds
 
 MAX_HEAD_DIM = 512
 MAX_SPLITS = 128
+NEGLIGIBLE_DROPOUT = 2.0**-25  # up to here 1 - p is 1 in fp32; diffusers passes 1e-30 to get at the lse
 NO_WINDOW = (-1, -1)
 DTYPES = {"cpu": (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
 GPU_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -241,8 +242,8 @@ def build(
     dropout_p = as_number("dropout_p", dropout_p)
     if not 0.0 <= dropout_p < 1.0:
         raise ArgumentValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
-    if dropout_p <= 2.0**-25:
-        dropout_p = 0.0  # 1 - p is 1 in fp32; diffusers passes 1e-30 to get at the lse
+    if dropout_p <= NEGLIGIBLE_DROPOUT:
+        dropout_p = 0.0
     softcap = as_number("softcap", softcap)
     if not 0.0 <= softcap < math.inf:
         raise ArgumentValueError(f"softcap must be 0 (off) or positive and finite, got {softcap}")
