@@ -59,7 +59,7 @@ def test_tile_quantisation_and_waves():
     assert time(384) == time(257) > 1.2 * time(256)
     more = one._replace(heads=133, kv_heads=133)
     times = [estimate(p, "forward", "h200", "hopper", tile=Tile(128, 128)) for p in (one, more)]
-    assert times[1].time_s > 1.8 * times[0].time_s and times[1].bound == "imbalance"
+    assert times[1].time_s > 1.6 * times[0].time_s and times[1].bound == "imbalance"
 
 
 def test_varlen_is_the_work_of_its_sequences():
