@@ -70,9 +70,9 @@ def main() -> None:
     print(f"one head, {n} tokens, D = {d}: standard attention moves {standard / 2**20:.0f} MiB")
     for block_m in (16, 64, 128, 256):
         tiled = tiled_traffic(n, n, d, block_m)
-        fast = tile_bytes(block_m, 64, d) / 1024
+        fast, less = tile_bytes(block_m, 64, d) / 1024, standard / tiled
         print(
-            f"  BLOCK_M {block_m:>3}: {tiled / 2**20:>6.0f} MiB, {standard / tiled:>4.1f}x less, {fast:>4.0f} KiB of fast memory"
+            f"  BLOCK_M {block_m:>3}: {tiled / 2**20:>6.0f} MiB, {less:>4.1f}x less, {fast:>4.0f} KiB of fast memory"
         )
     assert tiled_traffic(n, n, d, 128) < standard / 3
     assert tile_bytes(128, 128, 64) < 163 * 1024 < tile_bytes(256, 256, 128), (

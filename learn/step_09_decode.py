@@ -57,9 +57,9 @@ def main() -> None:
     print(f"averaging the parts instead: error {error:.2f}")
     assert error > 0.05
 
-    programs, multiprocessors = 1 * 8, 132
+    programs, splits = 1 * 8, 16
     print(
-        f"batch 1, 8 key/value heads: {programs} programs for {multiprocessors} multiprocessors; 16 splits make {programs * 16}"
+        f"batch 1, 8 key/value heads: {programs} programs for 132 multiprocessors; {splits} splits make {programs * splits}"
     )
 
 

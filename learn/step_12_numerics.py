@@ -55,9 +55,8 @@ def main() -> None:
         plain_scores = torch.einsum("bmhd,bnhd->bhmn", x[0], x[1]) / 8
         plain = torch.einsum("bhmn,bnhd->bmhd", plain_scores.softmax(-1), x[2])
         ours = flash_attn_func(*x)
-        print(
-            f"{str(dtype)[6:]:>9}: error of plain torch {error(plain, want):.1e}, of flash_attn_func {error(ours, want):.1e}"
-        )
+        errors = f"{error(plain, want):.1e}, of flash_attn_func {error(ours, want):.1e}"
+        print(f"{str(dtype)[6:]:>9}: error of plain torch {errors}")
         assert error(ours, want) <= 2 * error(plain, want)
 
 
