@@ -1,8 +1,8 @@
 """`flash-attn cost`: operations, bytes, time and memory of a problem or of a whole model, and what dominates."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
@@ -100,39 +100,43 @@ def register(app: typer.Typer) -> None:
             raise args.fail(error) from None
 
 
-class Files:
+class Files(NamedTuple):
     """Where the rows and the plot go, besides the terminal."""
 
-    def __init__(self, png: Path | None, csv: Path | None, json: Path | None):
-        self.png, self.csv, self.json = png, csv, json
+    png: Path | None
+    csv: Path | None
+    json: Path | None
 
-    def write(self, console: Console, table: Table, plot=None) -> None:
+    def write(self, console: Console, table: Table, plot: Callable[[Path], None] | None = None) -> None:
         if self.csv:
             table.to_csv(self.csv)
         if self.json:
             table.to_json(self.json)
-        if self.png and plot is None:
-            raise ArgumentValueError("--png plots a --sweep or --validate, and neither was asked for")
         if self.png:
+            if plot is None:
+                raise ArgumentValueError("--png plots a --sweep or --validate, and neither was asked for")
             plot(self.png)
-        for path in (self.png, self.csv, self.json):
+        for path in self:
             if path:
                 console.print(f"wrote {path}")
 
 
-class Asked:
+class Asked(NamedTuple):
     """A model and how to run it."""
 
-    def __init__(self, model, phase, batch, seqlen, parallel, dtype, kv_dtype, recompute, backend):
-        self.model, self.phase, self.batch, self.seqlen, self.parallel = model, phase, batch, seqlen, parallel
-        self.dtype, self.kv_dtype, self.recompute, self.backend = dtype, kv_dtype, recompute, backend
+    model: str
+    phase: str
+    batch: int
+    seqlen: int
+    parallel: Parallel
+    dtype: str
+    kv_dtype: str | None
+    recompute: bool
+    backend: str | None
 
-    def run(self, hardware: Hardware, **changes) -> ModelEstimate:
-        values = {"batch": self.batch, "seqlen": self.seqlen} | changes
-        return estimate_model(
-            self.model, self.phase, hardware, values["batch"], values["seqlen"], self.parallel, self.dtype,
-            self.kv_dtype, self.recompute, self.backend,
-        )  # fmt: skip
+    def run(self, hardware: Hardware, **changes: int) -> ModelEstimate:
+        """The estimate, with another batch or seqlen."""
+        return estimate_model(hardware=hardware, **(self._asdict() | changes))
 
 
 def _directions(direction: str, mode: str) -> tuple[str, ...]:
