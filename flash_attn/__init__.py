@@ -38,7 +38,7 @@ __all__ = [
 
 
 def warmup(*args, **kwargs):
-    """Compile the kernels of a problem ahead of its first call; see `flash_attn.forward.launch.warmup`."""
-    from flash_attn.forward.launch import warmup as compile_now  # imports triton
+    """Compile the kernels of problems ahead of their first call; see `flash_attn.utils.example.warmup`."""
+    from flash_attn.utils.example import warmup as compile_now
 
     return compile_now(*args, **kwargs)

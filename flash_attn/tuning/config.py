@@ -27,8 +27,8 @@ class BwdConfig(NamedTuple):
 def pieces(dim: int) -> tuple[int, int]:
     """Two power-of-two tiles that cover a head dimension: (first, second or 0).
 
-    16 is the smallest tile that a matrix unit takes, and a second one is worth its trouble where it saves at least an
-    eighth of the padded work: 80 = 64 + 16, 96 = 64 + 32, 192 = 128 + 64, but 40 -> 64 and 224 -> 256.
+    16 is the smallest tile that a matrix unit takes. 80 = 64 + 16, 96 = 64 + 32, 192 = 128 + 64; 40 = 32 + 16 wastes
+    8 of 48 columns where one tile would waste 24 of 64; 224 -> 256.
     """
     whole = max(16, 1 << (dim - 1).bit_length())
     first = whole // 2
