@@ -33,4 +33,4 @@ def forward(p: Problem, ops: Operands) -> tuple[Tensor, Tensor]:
     )
     if fold:
         out, lse = (x.unflatten(2, (p.group, p.max_q)).flatten(1, 2) for x in (out, lse))
-    return out.transpose(1, 2).contiguous(), lse
+    return out.transpose(1, 2).contiguous(), lse.contiguous()
