@@ -1,0 +1,469 @@
+"""The forward for Hopper (sm_90a) in Gluon: one TMA producer warp feeds two or three warpgroups of 64 query rows.
+
+Each warpgroup keeps S(j+1) = Q K(j+1)^T and O += P(j) V(j) in flight on the tensor cores while it runs the softmax
+of tile j+1; P stays in registers. Programs are persistent: the producer draws tiles from an atomic counter, longest
+first (`hopper_tiles.py`). The arithmetic is in `hopper_step.py`, the host side in `hopper_launch.py`.
+"""
+
+from typing import NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+
+from flash_attn.forward.hopper_step import (
+    finish,
+    issue_output,
+    issue_scores,
+    mask,
+    pack,
+    per_thread,
+    rows_layout,
+    scale_output,
+    scale_part,
+    score,
+    softmax,
+    thread_sums,
+    wait,
+    zero_output,
+)
+from flash_attn.forward.hopper_tiles import blocks, locate, publish, receive, zero_tail
+from flash_attn.tile.hopper import (
+    barrier_arrive,
+    barrier_sync,
+    compute_first,
+    random_delay,
+    tma_load,
+    tma_rows,
+    tma_store,
+)
+from flash_attn.tile.mask import full_range, key_range
+
+
+class Config(NamedTuple):
+    """Everything the compiler must know; `left`, `right`, `softcap`, `alibi` are what `tile/` asks for."""
+
+    D0: int  # head dim of q and k as one or two power-of-two boxes (D1 0: one)
+    D1: int
+    V0: int  # the same for v and out
+    V1: int
+    WARPGROUPS: int  # consumers, 64 query rows each
+    BN: int  # keys per tile
+    BN2: int  # 0, or the second power-of-two part of a key tile
+    STAGES: int  # key tiles in shared memory
+    PINGPONG: bool  # warpgroups issue their products in turn
+    CHAIN: (
+        bool  # the first scores of the next tile are computed while this one is stored; Q is double buffered
+    )
+    POLY: int  # of every four column pairs, so many take exp2 by polynomial on the FMA units
+    LAZY: bool  # rescale O only when the maximum grew by more than LAZY_LOG2
+    SHARE: bool  # O is staged where Q was
+    left: bool = False
+    right: bool = False
+    softcap: bool = False
+    alibi: bool = False
+    sink: bool = False
+    packed_q: bool = False
+    packed_k: bool = False
+    used_q: bool = False
+    used_k: bool = False
+    DELAY: int = 0  # debug: random sleeps up to this many ns in every role
+
+
+# First id of each group of named barriers, counted down from the top: V free and K free (one per stage), Q free (one
+# per Q buffer), and whose turn it is to issue products (one per warpgroup).
+
+
+@gluon.constexpr_function
+def _v_free(C):
+    return 16 - C.STAGES
+
+
+@gluon.constexpr_function
+def _k_free(C):
+    return 16 - 2 * C.STAGES
+
+
+@gluon.constexpr_function
+def _q_free(C):
+    return 16 - 2 * C.STAGES - (2 if C.CHAIN else 1)
+
+
+@gluon.constexpr_function
+def _turn(C):
+    return 16 - 2 * C.STAGES - (2 if C.CHAIN else 1) - C.WARPGROUPS
+
+
+@gluon.constexpr_function
+def _threads(C):
+    return C.WARPGROUPS * 128 + 32
+
+
+# ---- producer ------------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def _load(
+    descs,
+    rings,
+    full,
+    st,
+    b,
+    h,
+    row,
+    length,
+    end,
+    RAGGED: gl.constexpr,
+    BOX: gl.constexpr,
+    BOX2: gl.constexpr,
+):
+    """One tile of K or V, all its parts, into stage `st`; BOX2: the parts split the keys, not the head dim."""
+    tma_load_at = tma_rows(b, h, row, 0, length, end, RAGGED)
+    if descs[1] is not None:
+        D0: gl.constexpr = descs[0].block_type.shape[-1]
+        mbarrier.expect(full.index(st), descs[0].block_type.nbytes + descs[1].block_type.nbytes)
+        tma_load(descs[0], tma_load_at, full.index(st), rings[0].index(st))
+        second = tma_rows(b, h, row + (BOX if BOX2 else 0), 0 if BOX2 else D0, length, end, RAGGED)
+        tma_load(descs[1], second, full.index(st), rings[1].index(st))
+    else:
+        mbarrier.expect(full.index(st), descs[0].block_type.nbytes)
+        tma_load(descs[0], tma_load_at, full.index(st), rings[0].index(st))
+
+
+@gluon.jit
+def _acquire(it, ID: gl.constexpr, DEPTH: gl.constexpr, C: gl.constexpr):
+    """The buffer that load number `it` goes to, once the consumers have freed it."""
+    if C.DELAY:
+        random_delay(C.DELAY)
+    if it >= DEPTH:
+        barrier_sync(ID + it % DEPTH, _threads(C))
+    return it % DEPTH
+
+
+@gluon.jit
+def _produce(work, it, count, descs, rings, bars, lengths, sizes, band, units, C: gl.constexpr):
+    q_descs, k_descs, v_descs = descs
+    q_ring, k_ring, v_ring = rings
+    q_full, k_full, v_full = bars
+    W: gl.constexpr = C.WARPGROUPS
+    QS: gl.constexpr = 2 if C.CHAIN else 1
+    BN: gl.constexpr = C.BN + C.BN2
+    RAGGED_Q: gl.constexpr = C.packed_q
+    RAGGED_K: gl.constexpr = C.packed_k or C.used_k
+    m, h, b, start, M, rows, N = work
+    hk = h // sizes[3]
+    q_end = 0
+    k_end = 0
+    v_end = 0
+    if RAGGED_Q:
+        q_end = (start + M) * units[1]
+    if RAGGED_K:
+        k_start = 0
+        if C.packed_k:
+            k_start = gl.load(lengths[1] + b)
+        k_end = b * units[2] + (k_start + N) * units[3]
+        v_end = b * units[4] + (k_start + N) * units[5]
+    lo, n = blocks(m, M, N, band, C)
+    row = (lo + n - 1) * BN
+    st = _acquire(it, _k_free(C), C.STAGES, C)
+    _load(k_descs, k_ring, k_full, st, b, hk, row, N, k_end, RAGGED_K, C.BN, C.BN2)
+    buffer = _acquire(count, _q_free(C), QS, C) * W
+    BYTES: gl.constexpr = 64 * (C.D0 + C.D1) * 2
+    for w in gl.static_range(W):
+        full = q_full.index(buffer + w)
+        q_row = (m * W + w) * 64
+        mbarrier.expect(full, BYTES)
+        tma_load(q_descs[0], tma_rows(b, h, q_row, 0, M, q_end, RAGGED_Q), full, q_ring[0].index(buffer + w))
+        if C.D1:
+            tma_load(
+                q_descs[1], tma_rows(b, h, q_row, C.D0, M, q_end, RAGGED_Q), full, q_ring[1].index(buffer + w)
+            )
+    for _ in range(1, n):
+        st = _acquire(it + 1, _k_free(C), C.STAGES, C)
+        _load(k_descs, k_ring, k_full, st, b, hk, row - BN, N, k_end, RAGGED_K, C.BN, C.BN2)
+        st = _acquire(it, _v_free(C), C.STAGES, C)
+        _load(v_descs, v_ring, v_full, st, b, hk, row, N, v_end, RAGGED_K, C.BN, C.BN2)
+        row -= BN
+        it += 1
+    st = _acquire(it, _v_free(C), C.STAGES, C)
+    _load(v_descs, v_ring, v_full, st, b, hk, row, N, v_end, RAGGED_K, C.BN, C.BN2)
+    return it + 1
+
+
+@gluon.jit
+def _producer(common, C: gl.constexpr):
+    descs, rings, bars, slot, lengths, sizes, band, units, counter = common
+    t_full, t_empty = bars[3:]
+    it = gl.to_tensor(0)
+    count = gl.to_tensor(0)
+    work, seek = locate(gl.program_id(0), (gl.to_tensor(0), gl.to_tensor(0)), lengths, sizes, C)
+    publish(work, slot, C)
+    mbarrier.arrive(t_full.index(0), count=1)
+    while work.m >= 0:
+        # drawn before the loads of this tile, needed after them: the atomic's latency hides behind them
+        tile = gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
+        it = _produce(work, it, count, descs, rings, bars[:3], lengths, sizes, band, units, C)
+        work, seek = locate(tile, seek, lengths, sizes, C)
+        mbarrier.wait(t_empty.index(0), count & 1)
+        publish(work, slot, C)
+        mbarrier.arrive(t_full.index(0), count=1)
+        count += 1
+    # the last program to finish resets the counters for the next launch
+    done = gl.atomic_add(counter + 1, 1, sem="relaxed")
+    if done == gl.num_programs(0) - 1:
+        gl.store(counter, 0)
+        gl.store(counter + 1, 0)
+
+
+# ---- consumers -----------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def _limits(work, band, WG: gl.constexpr, C: gl.constexpr):
+    """(first query row, rows, keys [lo, hi) of each row) of a warpgroup."""
+    R: gl.constexpr = rows_layout(C.BN)
+    m_lo = (work.m * C.WARPGROUPS + WG) * 64
+    rows = m_lo + gl.arange(0, 64, R)
+    lo, hi = key_range(rows, rows + 1, work.M, work.N, band, C)
+    return m_lo, rows, lo + gl.zeros([64], gl.int32, R), hi + gl.zeros([64], gl.int32, R)
+
+
+@gluon.jit
+def _query(ring, buffer, C: gl.constexpr):
+    D0: gl.constexpr = C.D0
+    D1: gl.constexpr = C.D1
+    if D1:
+        return ring[0].index(buffer).reshape([64, D0]), ring[1].index(buffer).reshape([64, D1])
+    else:
+        return (ring[0].index(buffer).reshape([64, D0]),)
+
+
+@gluon.jit
+def _first_softmax(s, work, band, scale, dtype: gl.constexpr, WG: gl.constexpr, C: gl.constexpr):
+    """(m, l, P) of the first key tile of `work`, whose products are `s`; it is always masked."""
+    _, _, lo, hi = _limits(work, band, WG, C)
+    first, n = blocks(work.m, work.M, work.N, band, C)
+    s = mask(score(s, scale[0], C), first + n - 1, lo, hi, C)
+    p, m, _ = softmax(s, gl.full([64], float("-inf"), gl.float32, rows_layout(C.BN)), scale[1], True, C)
+    return m, thread_sums(p, C), pack(p, dtype, C)
+
+
+@gluon.jit
+def _step(q, rings, bars, it, n, full, lo, hi, state, scale, WG: gl.constexpr, C: gl.constexpr):
+    """S(j+1) and P(j) V(j) are in flight together; the softmax of S(j+1) runs under the second."""
+    k_ring, v_ring = rings
+    k_full, v_full = bars
+    m, l, acc, p16 = state
+    MASKED: gl.constexpr = C.left or C.right
+    nxt = (it + 1) % C.STAGES
+    phase = ((it + 1) // C.STAGES) & 1
+    cur = it % C.STAGES
+    if C.DELAY:
+        random_delay(C.DELAY)
+    mbarrier.wait(k_full.index(nxt), phase)
+    if C.PINGPONG:
+        barrier_sync(_turn(C) + WG, 256)
+    s = issue_scores(q, k_ring, nxt, C)
+    acc = issue_output(p16, v_ring, cur, acc, C)
+    if C.PINGPONG:
+        barrier_arrive(_turn(C) + (WG + 1) % C.WARPGROUPS, 256)
+    OUTPUTS: gl.constexpr = 2 if (C.V1 or C.BN2) else 1
+    s = wait(OUTPUTS, s)
+    barrier_arrive(_k_free(C) + nxt, _threads(C))
+    s = score(s, scale[0], C)
+    # one loop with a uniform branch: a second, mask-free loop spills at head dim 64
+    if MASKED and ((n >= full[1]) | (n < full[0])):
+        s = mask(s, n, lo, hi, C)
+    p, m, alpha = softmax(s, m, scale[1], MASKED, C)
+    # without compute_first the two waits below would be hoisted over the softmax, and the overlap lost
+    l = compute_first(l * per_thread(alpha, C) + thread_sums(p, C))
+    p16 = pack(p, v_ring[0].dtype, C)
+    mbarrier.wait(v_full.index(nxt), phase)
+    acc = wait(0, acc)
+    if C.DELAY:
+        random_delay(C.DELAY)
+    barrier_arrive(_v_free(C) + cur, _threads(C))
+    return m, l, scale_output(acc, alpha, C), p16
+
+
+@gluon.jit
+def _store_part(acc, inv, rows, M, buffer, desc, coordinates, D: gl.constexpr, C: gl.constexpr):
+    acc = scale_part(acc, inv, D, False)
+    if C.used_q:  # a select, not a factor 0: unused rows of q may hold NaN
+        valid = gl.convert_layout(rows < M, rows_layout(D), assert_trivial=True)
+        acc = gl.where(gl.expand_dims(valid, 1), acc, 0.0)
+    buffer.reshape([64, D]).store(acc.to(buffer.dtype))
+    fence_async_shared()
+    tma_store(desc, coordinates, buffer)
+
+
+@gluon.jit
+def _store(acc, inv, rows, m_lo, work, o_descs, ring, buffer, units, C: gl.constexpr):
+    """O of this warpgroup, through shared memory."""
+    o_end = 0
+    if C.packed_q:
+        o_end = (work.start + work.rows) * units[7]
+    tma.store_wait(0)
+    at = tma_rows(work.b, work.h, m_lo, 0, work.rows, o_end, C.packed_q)
+    _store_part(acc[0], inv, rows, work.M, ring[0].index(buffer), o_descs[0], at, C.V0, C)
+    if C.V1:
+        at = tma_rows(work.b, work.h, m_lo, C.V0, work.rows, o_end, C.packed_q)
+        _store_part(acc[1], inv, rows, work.M, ring[1].index(buffer), o_descs[1], at, C.V1, C)
+
+
+@gluon.jit
+def _consumer(common, WG: gl.constexpr, C: gl.constexpr):
+    o_descs, lse, sink, rings, bars, slot, sizes, band, units, scale = common
+    q_ring, k_ring, v_ring, o_ring = rings
+    q_full, k_full, v_full, t_full, t_empty = bars
+    W: gl.constexpr = C.WARPGROUPS
+    QS: gl.constexpr = 2 if C.CHAIN else 1
+    BN: gl.constexpr = C.BN + C.BN2
+    SCORES: gl.constexpr = 2 if (C.D1 or C.BN2) else 1
+    it = gl.to_tensor(0)
+    count = gl.to_tensor(0)
+    if C.PINGPONG and WG == 0:
+        barrier_arrive(_turn(C), 256)
+    work = receive(slot, t_full, t_empty, count, sizes, C)
+    # Programs without work still compute scores (of whatever lies in shared memory): a product behind a branch would
+    # make ptxas serialise all of them.
+    mbarrier.wait(q_full.index(WG), 0, pred=work.m >= 0)
+    mbarrier.wait(k_full.index(0), 0, pred=work.m >= 0)
+    s = wait(0, issue_scores(_query(q_ring, WG, C), k_ring, 0, C))
+    barrier_arrive(_k_free(C), _threads(C))
+    m, l, p16 = _first_softmax(s, work, band, scale, v_ring[0].dtype, WG, C)
+    while work.m >= 0:
+        m_lo, rows, lo, hi = _limits(work, band, WG, C)
+        first, n = blocks(work.m, work.M, work.N, band, C)
+        full_lo, full_hi = full_range(m_lo, m_lo + 64, work.M, work.N, band, C)
+        full = (gl.cdiv(full_lo, BN), gl.maximum(full_hi, 0) // BN)
+        buffer = (count % QS) * W + WG
+        q = _query(q_ring, buffer, C)
+        acc = zero_output(C)
+        mbarrier.wait(v_full.index(it % C.STAGES), (it // C.STAGES) & 1)
+        for j in range(1, n):
+            m, l, acc, p16 = _step(q, (k_ring, v_ring), (k_full, v_full), it, first + n - 1 - j, full, lo, hi,
+                                   (m, l, acc, p16), scale, WG, C)  # fmt: skip
+            it += 1
+        if not C.SHARE:
+            barrier_arrive(_q_free(C) + count % QS, _threads(C))
+        cur = it % C.STAGES
+        it += 1
+        nxt = it % C.STAGES
+        phase = (it // C.STAGES) & 1
+        following = receive(slot, t_full, t_empty, count + 1, sizes, C)
+        more = following.m >= 0
+        next_buffer = ((count + 1) % QS) * W + WG
+        next_phase = ((count + 1) // QS) & 1
+        if C.CHAIN:
+            mbarrier.wait(k_full.index(nxt), phase, pred=more)
+            mbarrier.wait(q_full.index(next_buffer), next_phase, pred=more)
+        if C.PINGPONG:
+            barrier_sync(_turn(C) + WG, 256)
+        acc = issue_output(p16, v_ring, cur, acc, C)
+        if C.CHAIN:
+            s = issue_scores(_query(q_ring, next_buffer, C), k_ring, nxt, C)
+        if C.PINGPONG:
+            barrier_arrive(_turn(C) + (WG + 1) % W, 256)
+        inv, log_sum = finish(m, l, rows, work, sink, scale[1], C)
+        offset = work.b.to(gl.int64) * sizes[9] + work.h.to(gl.int64) * sizes[10] + work.start
+        gl.store(lse + offset + rows, log_sum, mask=rows < work.rows)
+        acc = wait(SCORES if C.CHAIN else 0, acc)
+        barrier_arrive(_v_free(C) + cur, _threads(C))
+        _store(acc, inv, rows, m_lo, work, o_descs, o_ring, buffer if C.SHARE else WG, units, C)
+        if not C.CHAIN:
+            if C.SHARE:
+                tma.store_wait(0)
+                barrier_arrive(_q_free(C), _threads(C))
+            mbarrier.wait(k_full.index(nxt), phase, pred=more)
+            mbarrier.wait(q_full.index(next_buffer), next_phase, pred=more)
+            s = issue_scores(_query(q_ring, next_buffer, C), k_ring, nxt, C)
+        s = wait(0, s)
+        barrier_arrive(_k_free(C) + nxt, _threads(C))
+        m, l, p16 = _first_softmax(s, following, band, scale, v_ring[0].dtype, WG, C)
+        if C.CHAIN and C.SHARE:
+            tma.store_wait(0)
+            barrier_arrive(_q_free(C) + count % QS, _threads(C))
+        work = following
+        count += 1
+    tma.store_wait(0)
+
+
+RUN_TIME = ["lse", "out", "sink", "counter", "lengths", "sizes", "band", "units", "scale"]
+
+
+@gluon.jit(do_not_specialize=RUN_TIME, do_not_specialize_on_alignment=RUN_TIME)
+def attn_fwd_hopper(
+    q0, q1, k0, k1, v0, v1, o0, o1,  # TMA descriptors of the parts; the second may be None
+    lse, out, sink, counter, lengths, sizes, band, units, scale, C: gl.constexpr, CONSUMER_REGS: gl.constexpr,
+    PRODUCER_REGS: gl.constexpr, DV: gl.constexpr,
+):  # fmt: skip
+    """softmax(scale Q K^T) V for all tiles.
+
+    Args:
+        lse: fp32, (B, H, M) or (H, total_q). out: pointer of packed outputs, else None. sink: (H,) or None.
+        counter: int32 (2,), zero; is zero again at the end.
+        lengths: (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k), int32 or None.
+        sizes: (max_q, max_k, heads, query heads per key head, batch, swizzle, query blocks, tiles, total_q,
+            lse strides of batch and head).
+        band: (left, right). units: (batch, row) strides of q, k, v, out in 16 bytes, or None if no box is ragged.
+        scale: `tile/score.py: factors`.
+    """
+    W: gl.constexpr = C.WARPGROUPS
+    STAGES: gl.constexpr = C.STAGES
+    QBUF: gl.constexpr = W * 2 if C.CHAIN else W
+    q0_ring = gl.allocate_shared_memory(q0.dtype, [QBUF] + q0.block_type.shape, q0.layout)
+    k0_ring = gl.allocate_shared_memory(k0.dtype, [STAGES] + k0.block_type.shape, k0.layout)
+    v0_ring = gl.allocate_shared_memory(v0.dtype, [STAGES] + v0.block_type.shape, v0.layout)
+    q_ring, k_ring, v_ring = (q0_ring, None), (k0_ring, None), (v0_ring, None)
+    if q1 is not None:
+        q_ring = (q0_ring, gl.allocate_shared_memory(q1.dtype, [QBUF] + q1.block_type.shape, q1.layout))
+    if k1 is not None:
+        k_ring = (k0_ring, gl.allocate_shared_memory(k1.dtype, [STAGES] + k1.block_type.shape, k1.layout))
+    if v1 is not None:
+        v_ring = (v0_ring, gl.allocate_shared_memory(v1.dtype, [STAGES] + v1.block_type.shape, v1.layout))
+    if C.SHARE:
+        o_ring = q_ring
+    else:
+        o0_ring = gl.allocate_shared_memory(o0.dtype, [W] + o0.block_type.shape, o0.layout)
+        o_ring = (o0_ring, None)
+        if o1 is not None:
+            o_ring = (o0_ring, gl.allocate_shared_memory(o1.dtype, [W] + o1.block_type.shape, o1.layout))
+    q_full = gl.allocate_shared_memory(gl.int64, [QBUF, 1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    t_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    t_empty = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    slot = gl.allocate_shared_memory(gl.int32, [8, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    for i in gl.static_range(QBUF):
+        mbarrier.init(q_full.index(i), count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(v_full.index(i), count=1)
+    mbarrier.init(t_full.index(0), count=1)
+    mbarrier.init(t_empty.index(0), count=W)
+    fence_async_shared()
+
+    if out is not None:
+        zero_tail(out, lse, lengths[0], sizes, DV)
+    bars = (q_full, k_full, v_full, t_full, t_empty)
+    rings = (q_ring, k_ring, v_ring, o_ring)
+    common = ((o0, o1), lse, sink, rings, bars, slot, sizes, band, units, scale)
+    loads = (((q0, q1), (k0, k1), (v0, v1)), rings[:3], bars, slot, lengths, sizes, band, units, counter)
+    if W == 2:
+        gl.warp_specialize(
+            [(_consumer, (common, 0, C)), (_consumer, (common, 1, C)), (_producer, (loads, C))],
+            [4, 1],
+            [CONSUMER_REGS, PRODUCER_REGS],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_consumer, (common, 0, C)),
+                (_consumer, (common, 1, C)),
+                (_consumer, (common, 2, C)),
+                (_producer, (loads, C)),
+            ],
+            [4, 4, 1],
+            [CONSUMER_REGS, CONSUMER_REGS, PRODUCER_REGS],
+        )
