@@ -156,7 +156,7 @@ def _(
     return_softmax,
 ):
     B, M, H, _ = q.shape
-    return _fakes(q, v, (B, H, M), (B, H, M, k.shape[1]), dropout_p, return_softmax)
+    return fakes(q, v, (B, H, M), (B, H, M, k.shape[1]), dropout_p, return_softmax)
 
 
 @torch.library.custom_op("flash_attn::_flash_attn_varlen_forward", mutates_args=(), tags=_RANDOM)
@@ -193,10 +193,10 @@ def _(
 ):  # fmt: skip
     total_q, H, _ = q.shape
     dmask = (cu_seqlens_q.shape[0] - 1, H, max_seqlen_q, max_seqlen_k)
-    return _fakes(q, v, (H, total_q), dmask, dropout_p, return_softmax)
+    return fakes(q, v, (H, total_q), dmask, dropout_p, return_softmax)
 
 
-def _fakes(q: Tensor, v: Tensor, lse: tuple, dmask: tuple, dropout_p: float, return_softmax: bool):
+def fakes(q: Tensor, v: Tensor, lse: tuple, dmask: tuple, dropout_p: float, return_softmax: bool):
     """Empty results in the shapes of `Forward`."""
     return (
         q.new_empty((*q.shape[:-1], v.shape[-1])),

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from flash_attn import _legacy
 from flash_attn.attention import attention, run_append
-from flash_attn.validate import describe, describe_varlen
+from flash_attn.errors import UnsupportedError
+from flash_attn.validate import NEGLIGIBLE_DROPOUT, describe, describe_varlen
 from flash_attn.validate_cache import describe_kvcache
 
 
@@ -17,64 +18,116 @@ def tracing() -> bool:
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
+@torch.library.custom_op("flash_attn::_attention_forward", mutates_args=())
+def _attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, rng_state: Tensor | None, cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None, max_seqlen_q: int, max_seqlen_k: int, dropout_p: float, softmax_scale: float,
+    causal: bool, window_size_left: int, window_size_right: int, softcap: float, alibi_slopes: Tensor | None,
+    deterministic: bool, return_softmax: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(out, softmax_lse, S_dmask) of a dense (cu_seqlens None) or packed call, for what upstream's operators
+    cannot say: their dropout draws its seed inside, which a compiler may merge with that of an equal call,
+    and they do not know whether the backward is to be deterministic.
+    """
+    problem, ops = _describe(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
+        window_size_left, window_size_right, softcap, alibi_slopes, deterministic,
+    )  # fmt: skip
+    return _legacy.forward(problem, ops._replace(rng_state=rng_state), dropout_p, return_softmax)[:3]
+
+
+@_attention_forward.register_fake
+def _(
+    q, k, v, rng_state, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
+    left, right, softcap, alibi_slopes, deterministic, return_softmax,
+):  # fmt: skip
+    if cu_seqlens_q is None:
+        B, M, H, _ = q.shape
+        return _legacy.fakes(q, v, (B, H, M), (B, H, M, k.shape[1]), dropout_p, return_softmax)[:3]
+    total_q, H, _ = q.shape
+    dmask = (cu_seqlens_q.shape[0] - 1, H, max_seqlen_q, max_seqlen_k)
+    return _legacy.fakes(q, v, (H, total_q), dmask, dropout_p, return_softmax)[:3]
+
+
 @torch.library.custom_op("flash_attn::_attention_backward", mutates_args=())
 def _attention_backward(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor,
-    rng_state: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, max_seqlen_q: int,
+    dout: Tensor, dlse: Tensor | None, out: Tensor, softmax_lse: Tensor, q: Tensor, k: Tensor, v: Tensor,
+    rng_state: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, max_seqlen_q: int,
     max_seqlen_k: int, dropout_p: float, softmax_scale: float, causal: bool, window_size_left: int,
     window_size_right: int, softcap: float, alibi_slopes: Tensor | None, deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dq, dk, dv), fresh and contiguous, of a dense (cu_seqlens None) or packed call."""
-    common = (dropout_p, softmax_scale, causal, (window_size_left, window_size_right), softcap, alibi_slopes)
-    if cu_seqlens_q is None:
-        problem, ops = describe(q, k, v, *common, deterministic)
-    else:
-        problem, ops = describe_varlen(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *common, deterministic
-        )  # fmt: skip
+    """(dq, dk, dv), fresh and contiguous."""
+    problem, ops = _describe(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
+        window_size_left, window_size_right, softcap, alibi_slopes, deterministic,
+    )  # fmt: skip
     if dlse is not None:
         dlse = dlse.masked_fill(softmax_lse == torch.inf, 0.0)  # constant there, see `surface_lse`
     return _legacy.backward(problem, ops, out, softmax_lse, dout, dlse, (None, None, None), rng_state)
 
 
 @_attention_backward.register_fake
-def _(dout, dlse, q, k, v, *rest):
+def _(dout, dlse, out, softmax_lse, q, k, v, *rest):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-class _Attention(torch.autograd.Function):
-    """apply(q, k, v, cu_q, cu_k, max_q, max_k, alibi, block_table, *numbers) -> (out, lse, S_dmask)."""
+def _describe(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, left, right,
+    softcap, alibi_slopes, deterministic,
+):  # fmt: skip
+    common = (dropout_p, softmax_scale, causal, (left, right), softcap, alibi_slopes, deterministic)
+    if cu_seqlens_q is None:
+        return describe(q, k, v, *common)
+    return describe_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *common)
 
-    @staticmethod
-    def forward(
-        ctx, q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, alibi_slopes, block_table, dropout_p, scale,
-        causal, left, right, softcap, deterministic, return_softmax,
-    ):  # fmt: skip
-        common = (dropout_p, scale, causal, left, right, softcap, alibi_slopes, return_softmax)
-        if cu_seqlens_q is None:
-            out, lse, s_dmask, rng_state = torch.ops.flash_attn._flash_attn_forward(q, k, v, *common)
-        else:
-            out, lse, s_dmask, rng_state = torch.ops.flash_attn._flash_attn_varlen_forward(
-                q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, *common, block_table
-            )  # fmt: skip
-        ctx.save_for_backward(q, k, v, out, lse, rng_state, cu_seqlens_q, cu_seqlens_k, alibi_slopes)
-        ctx.lengths = max_q, max_k
-        ctx.numbers = dropout_p, scale, causal, left, right, softcap
-        ctx.deterministic = deterministic
-        ctx.mark_non_differentiable(s_dmask)
-        ctx.set_materialize_grads(False)
-        return out, lse, s_dmask
 
-    @staticmethod
-    def backward(ctx, dout, dlse, _):
-        q, k, v, out, lse, rng_state, cu_seqlens_q, cu_seqlens_k, alibi_slopes = ctx.saved_tensors
-        if dout is None:
-            dout = torch.zeros_like(out)
-        grads = torch.ops.flash_attn._attention_backward(
-            dout, dlse, q, k, v, out, lse, rng_state, cu_seqlens_q, cu_seqlens_k, *ctx.lengths, *ctx.numbers,
-            alibi_slopes, ctx.deterministic,
-        )  # fmt: skip
-        return *grads, *[None] * 14
+# --- derivatives: of our operator and of upstream's two, by the one backward --------------------------------
+
+
+def _save(ctx, inputs, output) -> None:
+    """Of `_attention_forward`; the others bring their arguments into its order first."""
+    q, k, v, rng_state, cu_q, cu_k, max_q, max_k, *numbers, alibi_slopes, deterministic, _ = inputs
+    out, lse = output[:2]
+    ctx.save_for_backward(out, lse, q, k, v, rng_state, cu_q, cu_k, alibi_slopes)
+    ctx.arguments = max_q, max_k, numbers, deterministic, len(inputs)
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)
+
+
+def _save_dense(ctx, inputs, output) -> None:
+    q, k, v, *numbers, alibi_slopes, return_softmax = inputs
+    rng_state = output[3]
+    _save(ctx, (q, k, v, rng_state, None, None, 0, 0, *numbers, alibi_slopes, False, return_softmax), output)
+    ctx.count = len(inputs)
+
+
+def _save_varlen(ctx, inputs, output) -> None:
+    q, k, v, cu_q, cu_k, max_q, max_k, *rest = inputs
+    numbers, alibi_slopes, return_softmax = rest[:6], rest[6], rest[7]
+    lengths = (cu_q, cu_k, max_q, max_k)
+    _save(ctx, (q, k, v, output[3], *lengths, *numbers, alibi_slopes, False, return_softmax), output)
+    ctx.count = len(inputs)
+    ctx.plain = all(x is None for x in rest[8:11])
+
+
+def _backward(ctx, dout, dlse, *_):
+    out, lse, q, k, v, rng_state, cu_q, cu_k, alibi_slopes = ctx.saved_tensors
+    max_q, max_k, numbers, deterministic, count = ctx.arguments
+    if not getattr(ctx, "plain", True):
+        raise UnsupportedError(
+            "attention over pages, leftpad_k or seqused_k has no backward; gather the keys instead"
+        )
+    if dout is None:
+        dout = torch.zeros_like(out)
+    grads = _attention_backward(
+        dout, dlse, out, lse, q, k, v, rng_state, cu_q, cu_k, max_q, max_k, *numbers, alibi_slopes, deterministic
+    )  # fmt: skip
+    return *grads, *[None] * (getattr(ctx, "count", count) - 3)
+
+
+_attention_forward.register_autograd(_backward, setup_context=_save)
+_legacy._flash_attn_forward.register_autograd(_backward, setup_context=_save_dense)
+_legacy._flash_attn_varlen_forward.register_autograd(_backward, setup_context=_save_varlen)
 
 
 def call(
@@ -85,11 +138,24 @@ def call(
     """A dense call, or one of packed sequences when cu_seqlens_q is given; results as of the public functions."""
     left, right = window_size
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    out, lse, s_dmask = _Attention.apply(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, _int(max_seqlen_q), _int(max_seqlen_k), alibi_slopes, block_table,
-        float(dropout_p), float(scale), bool(causal), _int(left), _int(right), float(softcap), bool(deterministic),
-        bool(return_attn_probs and dropout_p > 0.0),
-    )  # fmt: skip
+    max_q, max_k = _int(max_seqlen_q), _int(max_seqlen_k)
+    numbers = (float(dropout_p), float(scale), bool(causal), _int(left), _int(right), float(softcap))
+    dropped = dropout_p > NEGLIGIBLE_DROPOUT
+    return_softmax = bool(return_attn_probs and dropped)
+    if (deterministic or dropped) and block_table is None:
+        rng_state = torch.randint(0, 2**62, (2,), device=q.device) if dropped else None
+        out, lse, s_dmask = torch.ops.flash_attn._attention_forward(
+            q, k, v, rng_state, cu_seqlens_q, cu_seqlens_k, max_q, max_k, *numbers, alibi_slopes,
+            bool(deterministic), return_softmax,
+        )  # fmt: skip
+    elif cu_seqlens_q is None:
+        out, lse, s_dmask, _ = torch.ops.flash_attn._flash_attn_forward(
+            q, k, v, *numbers, alibi_slopes, return_softmax
+        )
+    else:
+        out, lse, s_dmask, _ = torch.ops.flash_attn._flash_attn_varlen_forward(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, *numbers, alibi_slopes, return_softmax, block_table
+        )  # fmt: skip
     return (out, lse, s_dmask) if return_attn_probs else out
 
 

@@ -362,7 +362,7 @@ except ImportError as error:
         _legacy.claim_operators("/elsewhere/flash_attn/_legacy.py")
 
 
-OPCHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
