@@ -10,7 +10,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from flash_attn.backward import hopper_narrow, hopper_wide
 from flash_attn.backward.hopper_ops import stacked
-from flash_attn.backward.hopper_tiles import produce
+from flash_attn.backward.hopper_tiles import produce, write_dq
 
 
 @gluon.jit
@@ -20,13 +20,13 @@ def attn_bwd_hopper(
     dq_desc,  # fp32 sums of dQ, 256 columns; None for the wide schedule
     dk_desc, dv_desc,  # like those of k and v
     units,  # of q, dout, k, v, dk, dv: (batch stride, row stride) in 16 bytes; None unless ragged
-    dq, dq_acc, arrivals,
+    dq, dq_acc, arrivals, turns,  # turns: None unless ordered
     dq_strides,  # (batch, seq, head)
     seqs,  # (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k), each may be None
     sizes,  # (max_q, max_k, heads, kv_heads, batch * kv_heads, width of a group, key tiles, padded query tiles)
     band,  # keys (left, right) of the diagonal
     dim,  # head_dim as it is, not padded
-    scores,  # (scale * log2 e, scale / softcap, softcap * log2 e)
+    scores,  # `tile/score.py: factors`
     scale,
     F: gl.constexpr, T: gl.constexpr,
 ):  # fmt: skip
@@ -57,25 +57,33 @@ def attn_bwd_hopper(
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(do_full.index(i), count=1)
     mbarrier.init(kv_full.index(0), count=1)
+    dq_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(dq_empty.index(i), count=1)
     fence_async_shared()
-    bars = (q_full, do_full, kv_full)
+    bars = (q_full, do_full, kv_full, dq_empty)
     loads = (q_desc, do_desc, k_desc, v_desc, stats_desc)
     loaded = (q_s, do_s, k_s, v_s, lse_s, delta_s)
-    sums = (dq, dq_strides, dq_acc, arrivals)
+    sums = (dq, dq_strides, dq_acc, arrivals, turns)
     # 240 registers for a consumer's thread, 24 for the producer's
+    problem = (seqs, sizes, band, dim, scores, scale)
+    load = (loads, units, turns, loaded, bars, problem)
     if T.D == 256:
-        smems = (q_s, do_s, k_s, v_s, lse_s, delta_s, other_s, ds_s)
-        stores = (dk_desc, dv_desc)
+        rings = (q_s, do_s, k_s, v_s, lse_s, delta_s, other_s, ds_s)
+        work = ((dk_desc, dv_desc), units, sums, rings, bars, problem)
         gl.warp_specialize([
-            (hopper_wide.consume, (stores, units, sums, smems, bars, seqs, sizes, band, dim, scores, scale, 0, F, T)),
-            (hopper_wide.consume, (stores, units, sums, smems, bars, seqs, sizes, band, dim, scores, scale, 1, F, T)),
-            (produce, (loads, units, loaded, bars, seqs, sizes, band, F, T)),
+            (hopper_wide.consume, (work, 0, F, T)), (hopper_wide.consume, (work, 1, F, T)), (produce, (load, F, T)),
         ], [4, 1], [240, 24])  # fmt: skip
     else:
-        buffers = (q_s, do_s, k_s, v_s, lse_s, delta_s, ds_s, other_s)
-        targets = (dq_desc, dk_desc, dv_desc)
-        gl.warp_specialize([
-            (hopper_narrow.consume, (targets, units, sums, buffers, bars, seqs, sizes, band, dim, scores, scale, 0, F, T)),
-            (hopper_narrow.consume, (targets, units, sums, buffers, bars, seqs, sizes, band, dim, scores, scale, 1, F, T)),
-            (produce, (loads, units, loaded, bars, seqs, sizes, band, F, T)),
-        ], [4, 1], [240, 24])  # fmt: skip
+        rings = (q_s, do_s, k_s, v_s, lse_s, delta_s, ds_s, other_s)
+        tile = ((dq_desc, dk_desc, dv_desc), units, sums, rings, bars, problem)
+        if T.ORDERED:
+            gl.warp_specialize([
+                (hopper_narrow.consume, (tile, 0, F, T)), (hopper_narrow.consume, (tile, 1, F, T)),
+                (produce, (load, F, T)), (write_dq, ((dq_desc, turns, other_s, bars, problem), F, T)),
+            ], [4, 1, 1], [240, 24, 24])  # fmt: skip
+        else:
+            gl.warp_specialize([
+                (hopper_narrow.consume, (tile, 0, F, T)), (hopper_narrow.consume, (tile, 1, F, T)),
+                (produce, (load, F, T)),
+            ], [4, 1], [240, 24])  # fmt: skip

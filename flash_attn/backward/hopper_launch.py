@@ -13,6 +13,8 @@ from torch import Tensor
 from flash_attn.problem import Gradients, Operands, Problem
 
 LOG2E = 1.4426950408889634
+_UNIT = 8  # elements of 16 bits in the 16 bytes that TMA counts in
+_MAX_INT = 0x7FFF0000  # the largest extent that TMA was seen to take
 
 
 class Features(NamedTuple):
@@ -35,6 +37,7 @@ class Schedule(NamedTuple):
     DS_STAGES: int  # dS buffers
     PREFETCH: bool  # load the initial S accumulator one step ahead
     FINISH: bool  # the last program of a (batch, kv head) converts dQ; else a kernel after this one
+    ORDERED: bool = False  # programs add to dQ in a fixed order
 
 
 def supports(problem: Problem) -> str | None:
@@ -76,14 +79,15 @@ def schedule(problem: Problem) -> Schedule:
     """How to cut `problem`, by head dimension, mask and length."""
     D = _padded(max(problem.head_dim, problem.head_dim_v))
     DV = _padded(problem.head_dim_v)
-    finish = problem.max_q <= 4096
+    # programs that finish together at the end leave the others idle for longer, the more there is to convert
+    finish = problem.max_q <= 2048 and not problem.deterministic
     if D == 256:
-        return Schedule(D, DV, 64, 64, 2, 1, False, finish)
+        return Schedule(D, DV, 64, 64, 2, 1, False, finish, problem.deterministic)
     if D == 128:
-        return Schedule(D, DV, 64, 128, 2, 2, False, finish)
+        return Schedule(D, DV, 64, 128, 2, 2, False, finish, problem.deterministic)
     bounded = problem.left is not None or problem.right is not None
     prefetch = not bounded and problem.max_q > 2048 and problem.softcap == 0
-    return Schedule(D, DV, 128, 128, 2, 2, prefetch, finish)
+    return Schedule(D, DV, 128, 128, 2, 2, prefetch, finish, problem.deterministic)
 
 
 def group_width(problem: Problem) -> int:
@@ -97,52 +101,83 @@ def group_width(problem: Problem) -> int:
     return width
 
 
-def for_tma(x: Tensor) -> Tensor:
-    """`x`, or a contiguous copy of it if TMA cannot address its strides (as FlashAttention-2 copies such inputs)."""
-    unit = 16 // x.element_size()
-    fits = x.stride(-1) == 1 and x.data_ptr() % 16 == 0
-    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
-        fits = fits and (size == 1 or (stride % unit == 0 and stride > 0))
-    return x if fits else x.clone(memory_format=torch.contiguous_format)
+class Plan(NamedTuple):
+    """All of a problem's launches that does not depend on its tensors."""
+
+    T: Schedule
+    F: Features
+    boxes: tuple  # (block shape, layout) of a tile of q, dout, k, v; of the row statistics; of a piece of dQ
+    key_tiles: int
+    width: int
+    blocks: int  # of ROWS padded query rows, for the kernel before
+    rows: int
 
 
-@lru_cache(maxsize=256)
-def _layout(box: tuple[int, ...], dtype: torch.dtype):
+@lru_cache(maxsize=1024)
+def plan(problem: Problem, T: Schedule | None = None) -> Plan:
+    """How `problem` is launched; `T` replaces the schedule for experiments."""
     from triton.experimental.gluon import language as gl
 
-    if dtype == torch.float32:
-        return gl.NVMMASharedLayout(0, 32, rank=len(box))
-    return gl.NVMMASharedLayout.get_default_for(
-        list(box), gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
+    T = T or schedule(problem)
+    F = features(problem)
+    kind = gl.bfloat16 if problem.dtype == torch.bfloat16 else gl.float16
+
+    def box(rows: int, dim: int):
+        block = [1, 1, 1, rows, dim] if F.ragged else [1, 1, rows, dim]
+        return block, gl.NVMMASharedLayout.get_default_for(block, kind)
+
+    def flat(*block: int):
+        return list(block), gl.NVMMASharedLayout(0, 32, rank=len(block))
+
+    keys = 64 if T.D <= 128 else T.BLOCK_N
+    piece = 64 * (T.D if T.BLOCK_M == 128 else T.D // 2) // 256
+    boxes = (
+        box(T.BLOCK_M, T.D), box(T.BLOCK_M, T.DV), box(keys, T.D), box(keys, T.DV), flat(T.BLOCK_M), flat(piece, 256),
+    )  # fmt: skip
+    rows = 64 if T.D <= 128 else 32
+    blocks = -(-problem.max_q // T.BLOCK_M) * T.BLOCK_M // rows
+    return Plan(T, F, boxes, -(-problem.max_k // T.BLOCK_N), group_width(problem), blocks, rows)
+
+
+def addressable(x: Tensor) -> bool:
+    """Whether TMA can walk `x`: 16-byte aligned base and strides, last dimension contiguous, nothing broadcast."""
+    strides = x.stride()
+    return (
+        strides[-1] == 1
+        and x.data_ptr() % 16 == 0
+        and all(s % _UNIT == 0 and (s > 0 or n == 1) for s, n in zip(strides[:-1], x.shape, strict=False))
     )
 
 
-def _descriptor(x: Tensor, shape: list[int], strides: list[int], box: tuple[int, ...]):
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+def for_tma(x: Tensor) -> Tensor:
+    """`x`, or a contiguous copy of it if TMA cannot address its strides (as FlashAttention-2 copies such inputs)."""
+    return x if addressable(x) else x.clone(memory_format=torch.contiguous_format)
 
-    return TensorDescriptor(x, shape, strides, list(box), _layout(box, x.dtype))
 
-
-def _tiles_of(x: Tensor, rows: int, dim: int, ragged: bool):
-    """Descriptor of a (B, S, H, D) or packed (S, H, D) tensor, in tiles of rows by dim of one head.
+def _tiles_of(x: Tensor, ragged: bool, part):
+    """Descriptor of a (B, S, H, D) or packed (S, H, D) tensor, in tiles of one head.
 
     Dense: (B, H, S, D). Ragged, so that TMA clips at the end of any sequence: see `tile/hopper.py`; the end of the
-    sequence counts in 16 bytes, 8 elements.
+    sequence counts in 16 bytes.
     """
-    seq, head = x.stride(-3), x.stride(-2)
-    heads, dims = x.shape[-2:]
-    if ragged:
-        shape = [2**31 - 1, 2**31 - 1, heads, 2**30, dims]
-        return _descriptor(x, shape, [2**34 - seq, 8, head, seq, 1], (1, 1, 1, rows, dim))
+    from flash_attn.forward.hopper_launch import Box
+
+    shape, strides = x.shape, x.stride()
+    heads, dim = shape[-2:]
+    seq, head = strides[-3:-1]
     # the stride of a dimension of size 1 is free, and may be one that TMA refuses
-    sizes = (x.shape[0], heads, x.shape[1])
-    strides = [8 if n == 1 else s for n, s in zip(sizes, (x.stride(0), head, seq), strict=True)]
-    return _descriptor(x, [*sizes, dims], [*strides, 1], (1, 1, rows, dim))
+    head = head if heads > 1 else _UNIT
+    if ragged:
+        return Box(x, [_MAX_INT, _MAX_INT, heads, 2**30, dim], [2**34 - seq, _UNIT, head, seq, 1], *part)
+    seq = seq if shape[1] > 1 else _UNIT
+    return Box(
+        x, [shape[0], heads, shape[1], dim], [strides[0] if shape[0] > 1 else _UNIT, head, seq, 1], *part
+    )
 
 
 def _unit(x: Tensor, packed: bool) -> tuple[int, int]:
     """(batch stride, row stride) in 16 bytes."""
-    return (0, x.stride(0) // 8) if packed else (x.stride(0) // 8, x.stride(1) // 8)
+    return (0, x.stride(0) // _UNIT) if packed else (x.stride(0) // _UNIT, x.stride(1) // _UNIT)
 
 
 def _strides(x: Tensor, packed: bool) -> tuple[int, int, int]:
@@ -179,113 +214,144 @@ def backward(
         into: where to write dq, dk, dv; strided views allowed, last dimension contiguous; None: allocated here.
     """
     dq, dk, dv = (_target(given, like) for given, like in zip(into, (ops.q, ops.k, ops.v), strict=True))
-    dsink_parts = None
     if ops.q.numel() == 0 or ops.k.numel() == 0:
         for x in (dq, dk, dv):
             x.zero_()
         return Gradients(dq, dk, dv, None if ops.sink is None else torch.zeros_like(ops.sink))
-    T = schedule(problem)
+    p = plan(problem)
+    T, device = p.T, ops.q.device
     tiles = query_tiles(problem, ops.q.shape[0], T.BLOCK_M)
-    device = ops.q.device
-    dq_acc = torch.empty(problem.heads * tiles * T.BLOCK_M * T.D, dtype=torch.float32, device=device)
-    stats = torch.empty(problem.heads * tiles * T.BLOCK_M * 2, dtype=torch.float32, device=device)
-    arrivals = torch.empty(problem.batch * problem.kv_heads * 2, dtype=torch.int32, device=device)
-    dsink_parts = _before(problem, T, ops, out, lse, dout, dlse, stats, dq_acc, arrivals, tiles)
-    _main(problem, T, ops, dout, stats, dq_acc, arrivals, dq, dk, dv, tiles)
+    padded = problem.heads * tiles * T.BLOCK_M
+    work = Workspace(
+        torch.empty(padded * T.D, dtype=torch.float32, device=device),
+        torch.empty(padded * 2, dtype=torch.float32, device=device),
+        torch.empty(problem.batch * problem.kv_heads * 2, dtype=torch.int32, device=device),
+        torch.empty(problem.heads * tiles * 2, dtype=torch.int32, device=device) if T.ORDERED else None,
+        tiles,
+    )
+    dsink_parts = _before(problem, p, ops, out, lse, dout, dlse, work)
+    _main(problem, p, ops, for_tma(dout), work, dq, dk, dv)
     if not T.FINISH:
-        _after(problem, T, ops, dq_acc, dq, tiles)
+        _after(problem, p, ops, work, dq)
     if problem.varlen_q or problem.varlen_k:
         _zero_rest(problem, ops, dq, dk, dv)
     dsink = None if dsink_parts is None else dsink_parts.sum(1).to(ops.sink.dtype)  # type: ignore[union-attr]
     return Gradients(dq, dk, dv, dsink)
 
 
-def _launch(kernel, grid, args, constants, problem, **options: Any) -> None:
-    from flash_attn.utils.launcher import launch
+class Workspace(NamedTuple):
+    dq_acc: Tensor  # fp32 sums of dQ, padded query tiles in the order of an accumulator
+    stats: Tensor  # fp32 per padded query tile: BLOCK_M of -lse, BLOCK_M of -delta
+    arrivals: Tensor  # int32 (batch, kv_heads, 2): programs that are done, per warpgroup
+    turns: Tensor | None  # int32 (heads, tiles, 2): programs that have added to a piece of dQ
+    tiles: int  # padded query tiles a head
 
-    launch(kernel, grid, args, constants, problem=problem, **options)
+
+_binaries: dict[Any, Any] = {}
 
 
-def _before(problem, T, ops, out, lse, dout, dlse, stats, dq_acc, arrivals, tiles) -> Tensor | None:
+def _launch(kernel, grid, args, constants, problem, key=None) -> None:
+    """Launch; `key` says all that decides between compiled kernels, so that finding it again costs one lookup."""
+    from flash_attn.utils import launcher
+
+    if key is None:
+        launcher.launch(kernel, grid, args, constants, problem=problem)
+        return
+    binary = _binaries.get(key)
+    if binary is None:
+        binary = _binaries[key] = launcher.prepare(kernel, args, constants, problem=problem)
+    binary.launch(grid, (*args, *constants.values()))
+
+
+def _before(problem, p, ops, out, lse, dout, dlse, work) -> Tensor | None:
     from flash_attn.backward.hopper_pre import bwd_before
 
-    packed = problem.varlen_q
-    rows = 64 if T.D <= 128 else 32
-    blocks = -(-(-(-problem.max_q // T.BLOCK_M) * T.BLOCK_M) // rows)
+    packed, T = problem.varlen_q, p.T
     parts = None
     if ops.sink is not None:
-        parts = torch.empty(problem.heads, problem.batch * blocks, dtype=torch.float32, device=dout.device)
-    # the main kernel adds scale * log2 e * (q.k + initial value), or with a softcap or at 256 uses base-2 lse itself
+        parts = torch.empty(problem.heads, problem.batch * p.blocks, dtype=torch.float32, device=dout.device)
+    # the main kernel adds outer * (q.k + initial value), or with a softcap or at 256 uses the base-2 lse itself
     lse_scale = LOG2E if T.D == 256 or problem.softcap > 0 else 1.0 / problem.scale
     args = (
-        out, dout, lse, dlse, ops.sink, stats, dq_acc, arrivals, parts, _strides(out, packed), _strides(dout, packed),
+        out, dout, lse, dlse, ops.sink, *work[:4], parts, _strides(out, packed), _strides(dout, packed),
         _row_strides(lse, packed), _row_strides(dlse, packed), (ops.cu_seqlens_q, ops.seqused_q),
-        (problem.max_q, problem.heads, problem.kv_heads, tiles), problem.head_dim_v, lse_scale,
+        (problem.max_q, problem.heads, problem.kv_heads, work.tiles), problem.head_dim_v, lse_scale,
     )  # fmt: skip
-    constants = dict(BLOCK_M=T.BLOCK_M, ROWS=rows, D=T.D, DV=T.DV)
-    _launch(bwd_before, (blocks, problem.heads, problem.batch), args, constants, problem)
+    constants = dict(BLOCK_M=T.BLOCK_M, ROWS=p.rows, D=T.D, DV=T.DV)
+    sink = None if ops.sink is None else ops.sink.dtype
+    key = (
+        "before", p.T, problem.dtype, out.device.index, addressable(out), addressable(dout), dlse is None, sink,
+        problem.varlen_q, problem.seqused_q,
+    )  # fmt: skip
+    _launch(bwd_before, (p.blocks, problem.heads, problem.batch), args, constants, problem, key)
     return parts
 
 
-def main_arguments(problem, T, ops, dout, stats, dq_acc, arrivals, dq, dk, dv, tiles):
-    """(grid, arguments, constants) of the main kernel."""
-    F = features(problem)
-    keys = 64 if T.D <= 128 else T.BLOCK_N
-    columns = T.D if T.BLOCK_M == 128 else T.D // 2
-    key_tiles = -(-problem.max_k // T.BLOCK_N)
-    pairs = problem.batch * problem.kv_heads
-    q, dout, k, v = (for_tma(x) for x in (ops.q, dout, ops.k, ops.v))
-    boxes = [
-        _tiles_of(x, rows, dim, F.ragged)
-        for x, rows, dim in (
-            (q, T.BLOCK_M, T.D), (dout, T.BLOCK_M, T.DV), (k, keys, T.D), (v, keys, T.DV), (dk, keys, T.D),
-            (dv, keys, T.DV),
-        )
-    ]  # fmt: skip
+def main_arguments(
+    problem: Problem,
+    p: Plan,
+    ops: Operands,
+    dout: Tensor,
+    work: Workspace,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+):
+    """(grid, arguments, constants) of the main kernel; all tensors but dq must be `addressable`."""
+    from flash_attn.forward.hopper_launch import Box
+    from flash_attn.tile.score import factors
+
+    F, packed_q, packed_k = p.F, problem.varlen_q, problem.varlen_k
+    q, k, v = (for_tma(x) for x in ops[:3])
+    of_q, of_dout, of_k, of_v, of_stats, of_sums = p.boxes
     units: tuple = (None,) * 6
     if F.ragged:
-        units = tuple(_unit(x, problem.varlen_q) for x in (q, dout))
-        units += tuple(_unit(x, problem.varlen_k) for x in (k, v, dk, dv))
+        units = (_unit(q, packed_q), _unit(dout, packed_q), *(_unit(x, packed_k) for x in (k, v, dk, dv)))
     sums = None
-    if T.D <= 128:
-        # a piece of dQ (64 rows, `columns` columns) in the order of the accumulator, seen as rows of 256
-        sums = _descriptor(dq_acc, [dq_acc.numel() // 256, 256], [256, 1], (64 * columns // 256, 256))
+    if p.T.D <= 128:
+        sums = Box(work.dq_acc, [work.dq_acc.numel() // 256, 256], [256, 1], *of_sums)
+    pairs = problem.batch * problem.kv_heads
     args = (
-        *boxes[:4], _descriptor(stats, [stats.numel()], [1], (T.BLOCK_M,)), sums, *boxes[4:], units,
-        dq, dq_acc, arrivals, _strides(dq, problem.varlen_q),
+        _tiles_of(q, F.ragged, of_q), _tiles_of(dout, F.ragged, of_dout), _tiles_of(k, F.ragged, of_k),
+        _tiles_of(v, F.ragged, of_v), Box(work.stats, [work.stats.numel()], [1], *of_stats), sums,
+        _tiles_of(dk, F.ragged, of_k), _tiles_of(dv, F.ragged, of_v), units,
+        dq, work.dq_acc, work.arrivals, work.turns, _strides(dq, packed_q),
         (ops.cu_seqlens_q, ops.cu_seqlens_k, ops.seqused_q, ops.seqused_k),
-        (problem.max_q, problem.max_k, problem.heads, problem.kv_heads, pairs, group_width(problem), key_tiles, tiles),
-        (problem.left or 0, problem.right or 0), problem.head_dim,
-        (problem.scale * LOG2E, problem.scale / (problem.softcap or 1.0), problem.softcap * LOG2E), problem.scale,
+        (problem.max_q, problem.max_k, problem.heads, problem.kv_heads, pairs, p.width, p.key_tiles, work.tiles),
+        (problem.left or 0, problem.right or 0), problem.head_dim, factors(problem.scale, problem.softcap),
+        problem.scale,
     )  # fmt: skip
-    return (key_tiles * pairs, 1, 1), args, dict(F=F, T=T)
+    return (p.key_tiles * pairs, 1, 1), args, dict(F=F, T=p.T)
 
 
-def _main(problem, T, ops, dout, stats, dq_acc, arrivals, dq, dk, dv, tiles) -> None:
+def _main(problem, p, ops, dout, work, dq, dk, dv) -> None:
     from flash_attn.backward.hopper import attn_bwd_hopper
 
     # TMA writes dk and dv: into tensors it can address, copied where the caller's are not
     dk_to, dv_to = for_tma(dk), for_tma(dv)
-    grid, args, constants = main_arguments(
-        problem, T, ops, dout, stats, dq_acc, arrivals, dq, dk_to, dv_to, tiles
-    )
-    _launch(attn_bwd_hopper, grid, args, constants, problem, num_warps=4)
+    grid, args, constants = main_arguments(problem, p, ops, dout, work, dq, dk_to, dv_to)
+    key = (
+        "main", p.T, p.F, problem.dtype, dq.device.index, addressable(dq), problem.varlen_q, problem.varlen_k,
+        problem.seqused_q, problem.seqused_k,
+    )  # fmt: skip
+    _launch(attn_bwd_hopper, grid, args, constants, problem, key)
     if dk_to is not dk:
         dk.copy_(dk_to)
     if dv_to is not dv:
         dv.copy_(dv_to)
 
 
-def _after(problem, T, ops, dq_acc, dq, tiles) -> None:
+def _after(problem, p, ops, work, dq) -> None:
     from flash_attn.backward.hopper_pre import bwd_after
 
-    pieces = -(-problem.max_q // T.BLOCK_M) * 2
+    pieces = -(-problem.max_q // p.T.BLOCK_M) * 2
     args = (
-        dq_acc, dq, _strides(dq, problem.varlen_q), ops.cu_seqlens_q, (problem.max_q, tiles), problem.head_dim,
-        problem.scale,
+        work.dq_acc, dq, _strides(dq, problem.varlen_q), ops.cu_seqlens_q, (problem.max_q, work.tiles),
+        problem.head_dim, problem.scale,
     )  # fmt: skip
-    constants = dict(BLOCK_M=T.BLOCK_M, D=T.D)
-    _launch(bwd_after, (pieces, problem.heads, problem.batch), args, constants, problem)
+    constants = dict(BLOCK_M=p.T.BLOCK_M, D=p.T.D)
+    key = ("after", p.T.BLOCK_M, p.T.D, problem.dtype, dq.device.index, addressable(dq), problem.varlen_q)
+    _launch(bwd_after, (pieces, problem.heads, problem.batch), args, constants, problem, key)
 
 
 def _zero_rest(problem, ops, dq, dk, dv) -> None:

@@ -18,6 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from flash_attn.backward.hopper_ops import fragment_rows, mask_columns, per_column, program_again
 from flash_attn.backward.hopper_tiles import (
     BAR_DO,
+    BAR_DQ,
     BAR_DS,
     BAR_Q,
     box,
@@ -28,25 +29,23 @@ from flash_attn.backward.hopper_tiles import (
     unmasked_range,
 )
 from flash_attn.tile.hopper import barrier_arrive, barrier_sync, tma_reduce_add, tma_store
-from flash_attn.tile.score import tanh
+from flash_attn.tile.score import capped, dcapped
 
 
 @gluon.jit
 def _probabilities(
     s, lse_s, masked, lo, hi, scores, BLOCK_M: gl.constexpr, SL: gl.constexpr, F: gl.constexpr
 ):
-    """(P^T, d score / d (scale q.k)) of a tile of products, keys down; the second is 1 unless capped."""
-    scale_log2, cap_in, cap_log2 = scores
-    x, slope = s, 1.0
-    if F.softcap:
-        x = tanh(s * cap_in)
-        slope = 1.0 - x * x
+    """(P^T, x of `tile/score.py`) of a tile of products, keys down."""
+    inner, outer = scores
+    x = capped(s, inner, F)
+    kept = x
     if masked:
-        x = mask_columns(x, lo, hi, F.left, BLOCK_M, SL)
+        kept = mask_columns(x, lo, hi, F.left, BLOCK_M, SL)
     if F.softcap:
-        return gl.exp2(x * cap_log2 + gl.expand_dims(lse_s.load(gl.SliceLayout(0, SL)), 0)), slope
+        return gl.exp2(kept * outer + gl.expand_dims(lse_s.load(gl.SliceLayout(0, SL)), 0)), x
     else:
-        return gl.exp2(x * scale_log2), slope  # s began as -lse / scale, so this is relative to the row's lse
+        return gl.exp2(kept * outer), x  # s began as -lse / scale, so this is relative to the row's lse
 
 
 @gluon.jit
@@ -67,14 +66,13 @@ def _dq_operands(ds_s, k_s, slot, WG: gl.constexpr, COLS: gl.constexpr, T: gl.co
 
 
 @gluon.jit
-def consume(
-    descs, units, sums, smems, bars, seqs, sizes, band, dim, scores, scale,
-    WG: gl.constexpr, F: gl.constexpr, T: gl.constexpr,
-):  # fmt: skip
+def consume(work, WG: gl.constexpr, F: gl.constexpr, T: gl.constexpr):
     """Warpgroup WG: keys WG * 64 to WG * 64 + 63 of the program's tile."""
+    descs, units, sums, smems, bars, problem = work
+    seqs, sizes, band, dim, scores, scale = problem
     dq_desc, dk_desc, dv_desc = descs
     q_s, do_s, k_s, v_s, lse_s, delta_s, ds_s, dq_s = smems
-    q_full, do_full, kv_full = bars
+    q_full, do_full, kv_full = bars[0], bars[1], bars[2]
     D: gl.constexpr = T.D
     DV: gl.constexpr = T.DV
     BLOCK_M: gl.constexpr = T.BLOCK_M
@@ -85,7 +83,7 @@ def consume(
     VL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
     QL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
     dtype: gl.constexpr = q_s.dtype
-    n, hk, pair, q_side, k_side = place(gl.program_id(0), seqs, sizes, T)
+    n, hk, pair, q_side, k_side = place(gl.program_id(0), seqs, sizes, F, T)
     M, tile0 = q_side[3], q_side[4]
     N = k_side[3]
     m_lo, m_hi = query_range(n, M, N, band, F, T)
@@ -134,16 +132,13 @@ def consume(
         dp = warpgroup_mma(v_w, do.permute((1, 0)), dp_init, is_async=True)
         s = warpgroup_mma_wait(1, deps=(s,))
         masked = needs_mask(m, whole, F)
-        p, slope = _probabilities(
+        p, x = _probabilities(
             s, lse_s.index(st), masked, lo - m * BLOCK_M, hi - m * BLOCK_M, scores, BLOCK_M, SL, F
         )
         p16 = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, VL, 2), assert_trivial=True)
         dv = warpgroup_mma(p16, do, dv, is_async=True)
         dp = warpgroup_mma_wait(1, deps=(dp,))
-        ds = p * dp
-        if F.softcap:
-            ds = ds * slope
-        ds16 = ds.to(dtype)
+        ds16 = dcapped(p * dp, x, F).to(dtype)
         ds_r = gl.convert_layout(ds16, gl.DotOperandLayout(0, KL, 2), assert_trivial=True)
         slot = it % T.DS_STAGES
         ds_s.index(slot * 2 + WG).store(ds16)
@@ -155,10 +150,16 @@ def consume(
         dk = warpgroup_mma(ds_r, q, dk, is_async=True)
         dv, part = warpgroup_mma_wait(1, deps=(dv, part))
         barrier_arrive(BAR_DO + st, 288)
-        tma.store_wait(0)
+        if T.ORDERED:
+            mbarrier.wait(bars[3].index(WG), (it & 1) ^ 1)
+        else:
+            tma.store_wait(0)
         dq_s.index(WG).store(fragment_rows(part, COLS // 8))
         fence_async_shared()
-        tma_reduce_add(dq_desc, [(qt * 2 + WG) * (64 * COLS // 256), 0], dq_s.index(WG))
+        if T.ORDERED:
+            barrier_arrive(BAR_DQ + WG, 160)
+        else:
+            tma_reduce_add(dq_desc, [(qt * 2 + WG) * (64 * COLS // 256), 0], dq_s.index(WG))
         if T.PREFETCH:
             ahead = (it + 1) % STAGES
             mbarrier.wait(q_full.index(ahead), ((it + 1) // STAGES) & 1)
@@ -171,7 +172,7 @@ def consume(
             m = m_lo
             qt += sizes[7] - (m_hi - m_lo)
     barrier_sync(BAR_DS, 256)  # the other warpgroup has read its last K, and this one's dS
-    n, hk, pair, q_side, k_side = place(program_again(), seqs, sizes, T)
+    n, hk, pair, q_side, k_side = place(program_again(), seqs, sizes, F, T)
     row, slot = n * T.BLOCK_N + WG * 64, k_side[2]
     v_w.store(dv.to(dtype))
     k_w.store((dk * scale).to(dtype))

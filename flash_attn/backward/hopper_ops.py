@@ -36,6 +36,44 @@ def bulk_wait_all():
     )
 
 
+@gluon.jit
+def fence_gpu():
+    """This thread's writes and reductions come before what follows, for every thread of the GPU."""
+    gl.inline_asm_elementwise(
+        "fence.acq_rel.gpu; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def spin_until(counter, value):
+    """Wait until *counter == value. Every thread polls: a branch that only some take costs ptxas its uniform code."""
+    gl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .b32 t; WAIT: ld.acquire.gpu.global.b32 t, [$1]; setp.ne.b32 p, t, $2;"
+        " @p bra.uni WAIT; fence.proxy.async; mov.u32 $0, 0; }",
+        "=r,l,r",
+        [counter.to(gl.int64), gl.to_tensor(value)],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def count_up(counter):
+    """One thread of a warp adds 1 to *counter, behind everything it has seen complete.
+
+    The thread is elected, not found by %tid: ptxas would treat all that surrounds it as divergent (460 B of spills).
+    """
+    gl.inline_asm_elementwise(
+        "{ .reg .pred p; elect.sync _|p, 0xffffffff; @p red.relaxed.gpu.global.add.u32 [$1], 1; mov.u32 $0, 0; }",
+        "=r,l",
+        [counter.to(gl.int64)],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
 @gluon.constexpr_function
 def _doubling(size, rank, axis):
     """Register bases that step through `size` (a power of two) entries of dimension `axis`."""

@@ -8,7 +8,7 @@ from flash_attn.tile.rows import sequence
 
 @triton.jit
 def bwd_before(
-    out, dout, lse, dlse, sink, stats, dq_acc, arrivals, dsink,
+    out, dout, lse, dlse, sink, stats, dq_acc, arrivals, turns, dsink,
     out_strides, dout_strides,  # (batch, seq, head)
     of_lse_strides, of_dlse_strides,  # (batch, head, row)
     seqs,  # (cu_seqlens_q, seqused_q)
@@ -16,7 +16,7 @@ def bwd_before(
     dim_v, lse_scale,
     BLOCK_M: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
-    """Per query row: -lse * lse_scale and -delta, delta = rowsum(dout * out) - dlse; zeroes dq_acc and arrivals.
+    """Per query row: -lse * lse_scale and -delta, delta = rowsum(dout * out) - dlse; zeroes dq_acc, arrivals and turns.
 
     Rows that must give P = 0 (past the end, or seeing no key: lse of either infinity) get -inf and delta 0, so the
     main kernel needs no query mask. With a sink, dsink gets each program's -sum exp(sink - lse) * delta.
@@ -74,10 +74,18 @@ def bwd_before(
             p = tl.math.exp2((tl.load(sink + h).to(tl.float32) - L) * 1.4426950408889634)
             loss = -tl.sum(tl.where(empty, 0.0, p * delta), 0)
         block = h.to(tl.int64) * tiles + first
-        at_stats = stats + block * (2 * BLOCK_M) + (rows // BLOCK_M) * (2 * BLOCK_M) + rows % BLOCK_M
+        # what the launcher does not know: a tile of our own buffers starts at 16 bytes
+        at_stats = tl.multiple_of(stats + block * (2 * BLOCK_M), 16)
+        at_stats = at_stats + (rows // BLOCK_M) * (2 * BLOCK_M) + rows % BLOCK_M
         tl.store(at_stats, tl.where(empty, float("-inf"), -L * lse_scale), rows < padded)
         tl.store(at_stats + BLOCK_M, -delta, rows < padded)
-        at_acc = dq_acc + block * (BLOCK_M * D) + (rows * D)[:, None] + tl.arange(0, D)[None, :]
+        if turns is not None:
+            at_turns = turns + (block + rows // BLOCK_M) * 2
+            starts = (rows < padded) & (rows % BLOCK_M == 0)
+            tl.store(at_turns, tl.zeros([ROWS], tl.int32), starts)
+            tl.store(at_turns + 1, tl.zeros([ROWS], tl.int32), starts)
+        at_acc = tl.multiple_of(dq_acc + block * (BLOCK_M * D), 16)
+        at_acc = at_acc + (rows * D)[:, None] + tl.arange(0, D)[None, :]
         tl.store(at_acc, tl.zeros([ROWS, D], tl.float32), (rows < padded)[:, None])
     if sink is not None:
         tl.store(dsink + (h * tl.num_programs(2) + b) * tl.num_programs(0) + i, loss)
@@ -109,7 +117,7 @@ def bwd_after(
         row, col = i * 64, 0
     if row < slot:
         piece = (h.to(tl.int64) * sizes[1] + first) * 2 + i
-        x = tl.load(dq_acc + piece * (64 * COLS) + tl.arange(0, 64 * COLS))
+        x = tl.load(tl.multiple_of(dq_acc + piece * (64 * COLS), 16) + tl.arange(0, 64 * COLS))
         x = tl.permute(tl.reshape(x, [COLS // 8, 4, 8, 4, 2, 2]), (1, 4, 2, 0, 3, 5))
         x = (tl.reshape(x, [64, COLS]) * scale).to(dq.dtype.element_ty)
         rows = row + tl.arange(0, 64)
@@ -129,12 +137,12 @@ def zero_after_end(
     if cu_seqlens_q is not None:
         for row in range(tl.load(cu_seqlens_q + batch) + tl.program_id(0), totals[0], tl.num_programs(0)):
             for h in range(HEADS):
-                at = row.to(tl.int64) * dq_strides[1] + h * dq_strides[2] + dims
+                at = row * dq_strides[1] + h * dq_strides[2] + dims
                 tl.store(dq + at, tl.zeros([PD], dq.dtype.element_ty), dims < D)
     if cu_seqlens_k is not None:
         for row in range(tl.load(cu_seqlens_k + batch) + tl.program_id(0), totals[1], tl.num_programs(0)):
             for h in range(KV_HEADS):
-                at = row.to(tl.int64) * dk_strides[1] + h * dk_strides[2] + dims
+                at = row * dk_strides[1] + h * dk_strides[2] + dims
                 tl.store(dk + at, tl.zeros([PD], dk.dtype.element_ty), dims < D)
-                at = row.to(tl.int64) * dv_strides[1] + h * dv_strides[2] + dims_v
+                at = row * dv_strides[1] + h * dv_strides[2] + dims_v
                 tl.store(dv + at, tl.zeros([PDV], dv.dtype.element_ty), dims_v < DV)

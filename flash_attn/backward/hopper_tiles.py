@@ -7,10 +7,18 @@ fp32, in the order in which a warpgroup's accumulator lies in its threads (`hopp
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from flash_attn.backward.hopper_ops import accumulator_of, bulk_wait_all, load_quads, store_rows
-from flash_attn.tile.hopper import barrier_sync, tma_load, tma_rows
+from flash_attn.backward.hopper_ops import (
+    accumulator_of,
+    bulk_wait_all,
+    count_up,
+    fence_gpu,
+    load_quads,
+    spin_until,
+    store_rows,
+)
+from flash_attn.tile.hopper import barrier_sync, tma_load, tma_reduce_add, tma_rows
 from flash_attn.tile.rows import sequence
 
 # Hardware named barriers. 288 threads: the producer warp and both warpgroups; 256: both warpgroups; 128: one.
@@ -18,15 +26,16 @@ BAR_Q: gl.constexpr = gl.constexpr(12)  # + stage: Q (and the row statistics) ma
 BAR_DO: gl.constexpr = gl.constexpr(14)  # + stage: dO may be overwritten
 BAR_DS: gl.constexpr = gl.constexpr(11)  # both warpgroups have written their part
 BAR_WG: gl.constexpr = gl.constexpr(9)  # + warpgroup: private
+BAR_DQ: gl.constexpr = gl.constexpr(7)  # + warpgroup: its piece of dQ waits for the writer warp (160 threads)
 
 
 @gluon.jit
-def place(program, seqs, sizes, T: gl.constexpr):
+def place(program, seqs, sizes, F: gl.constexpr, T: gl.constexpr):
     """(key tile, kv head, pair, query side, key side) of a program; pair = batch * kv_heads + kv head.
 
     A side is (batch, first row, rows of the sequence's slot, valid rows); the query side ends with its first padded
     query tile. Inside a group of `width` pairs the key tiles ascend, so that with a causal mask the longest come first
-    while the group's Q and dO stay in L2.
+    while the group's Q and dO stay in L2; in an ordered sum they descend then (see `turn_of`).
     """
     cu_q, cu_k, used_q, used_k = seqs
     max_q, max_k, heads, kv_heads, pairs, width, key_tiles, query_tiles = sizes
@@ -36,6 +45,8 @@ def place(program, seqs, sizes, T: gl.constexpr):
     wide = gl.minimum(width, pairs - g * width)
     n = r // wide
     pair = g * width + (r - n * wide)
+    if T.ORDERED and F.right:
+        n = key_tiles - 1 - n
     b = pair // kv_heads
     row_q, slot_q = sequence(cu_q, None, max_q, b)
     row_k, slot_k = sequence(cu_k, None, max_k, b)
@@ -104,12 +115,40 @@ def needs_mask(m, whole, F: gl.constexpr):
 
 
 @gluon.jit
-def produce(descs, units, smems, bars, seqs, sizes, band, F: gl.constexpr, T: gl.constexpr):
+def turn_of(n, m, M, N, band, F: gl.constexpr, T: gl.constexpr):
+    """How many programs add to query tile m of dQ before key tile n does, in an ordered (deterministic) sum.
+
+    Programs only wait for programs that were started before them, so no number of resident ones can deadlock. With a
+    bound on the right the key tiles descend, the shortest first: tile n + 1 starts at its diagonal where tile n comes
+    by BLOCK_N / BLOCK_M steps later, so nobody waits. Without it they ascend, each a step behind the one before.
+    """
+    if F.right:
+        last = ((m + 1) * T.BLOCK_M - 1 + N - M + band[1]) // T.BLOCK_N
+        turn = gl.minimum(last, (N + T.BLOCK_N - 1) // T.BLOCK_N - 1) - n
+    else:
+        turn = n
+        if F.left:
+            turn = n - gl.maximum(m * T.BLOCK_M + N - M - band[0], 0) // T.BLOCK_N
+    return turn
+
+
+@gluon.jit
+def pass_turns(turns, query_tile):
+    """Let the next program add to both pieces of a query tile of dQ; called by one warp that has seen them arrive."""
+    fence_gpu()
+    count_up(turns + query_tile * 2)
+    count_up(turns + query_tile * 2 + 1)
+
+
+@gluon.jit
+def produce(work, F: gl.constexpr, T: gl.constexpr):
     """The producer warp: K and V once, then the rings of Q with its row statistics and of dO."""
+    descs, units, turns, smems, bars, problem = work
+    seqs, sizes, band = problem[0], problem[1], problem[2]
     q_desc, do_desc, k_desc, v_desc, stats_desc = descs
     q_s, do_s, k_s, v_s, lse_s, delta_s = smems
-    q_full, do_full, kv_full = bars
-    n, hk, pair, q_side, k_side = place(gl.program_id(0), seqs, sizes, T)
+    q_full, do_full, kv_full = bars[0], bars[1], bars[2]
+    n, hk, pair, q_side, k_side = place(gl.program_id(0), seqs, sizes, F, T)
     M, tile0 = q_side[3], q_side[4]
     N = k_side[3]
     lo, hi = query_range(n, M, N, band, F, T)
@@ -131,10 +170,14 @@ def produce(descs, units, smems, bars, seqs, sizes, band, F: gl.constexpr, T: gl
         # Q runs one tile ahead; a last dummy tile keeps the consumers free of branches
         if total > 0:
             loads = total + 1
+    older, old = stats // 2, stats // 2  # query tiles of the two steps before
     for it in range(loads):
         st = it % T.STAGES
         if it >= T.STAGES:
             barrier_sync(BAR_Q + st, 288)
+            if T.ORDERED and T.D == 256:
+                pass_turns(turns, older)  # both warpgroups have added to it before they gave the slot back
+        older, old = old, stats // 2
         full = q_full.index(st)
         mbarrier.expect(full, q_desc.block_type.nbytes + 2 * stats_desc.block_type.nbytes)
         tma_load(q_desc, box(q_side, h, m * T.BLOCK_M, M, units[0], F.ragged), full, q_s.index(st))
@@ -158,13 +201,51 @@ def produce(descs, units, smems, bars, seqs, sizes, band, F: gl.constexpr, T: gl
                 m = lo
                 h += 1
                 stats = (h * sizes[7] + tile0 + m) * 2
+    if T.ORDERED and T.D == 256:
+        for it in range(gl.maximum(total - 2, 0), total):
+            barrier_sync(BAR_Q + it % T.STAGES, 288)
+            pass_turns(turns, gl.where(it == total - 1, old, older))
+
+
+@gluon.jit
+def write_dq(work, F: gl.constexpr, T: gl.constexpr):
+    """The writer warp of an ordered sum: waits for the turn, adds both warpgroups' pieces, passes the turn on.
+
+    In the consumers themselves the wait for completion would sit between products in flight, and spill.
+    """
+    dq_desc, turns, dq_s, bars, problem = work
+    seqs, sizes, band = problem[0], problem[1], problem[2]
+    dq_empty = bars[3]
+    n, hk, pair, q_side, k_side = place(gl.program_id(0), seqs, sizes, F, T)
+    M, N = q_side[3], k_side[3]
+    lo, hi = query_range(n, M, N, band, F, T)
+    group = sizes[2] // sizes[3]
+    ROWS: gl.constexpr = dq_s.shape[1]
+    m = lo
+    qt = hk * group * sizes[7] + q_side[4] + m
+    for _ in range((hi - lo) * group):
+        turn = turn_of(n, m, M, N, band, F, T)
+        for w in gl.static_range(2):
+            barrier_sync(BAR_DQ + w, 160)
+            spin_until(turns + qt * 2 + w, turn)
+            tma_reduce_add(dq_desc, [(qt * 2 + w) * ROWS, 0], dq_s.index(w))
+        tma.store_wait(0)
+        mbarrier.arrive(dq_empty.index(0), count=1)
+        mbarrier.arrive(dq_empty.index(1), count=1)
+        bulk_wait_all()
+        pass_turns(turns, qt)
+        m += 1
+        qt += 1
+        if m == hi:
+            m = lo
+            qt += sizes[7] - (hi - lo)
 
 
 @gluon.jit
 def _dq_piece(dq_acc, i, tiles, h0, tile0, query_tiles, WG: gl.constexpr, COLS: gl.constexpr):
     head = h0 + i // tiles
     piece = (head * query_tiles + tile0 + i % tiles) * 2 + WG
-    return load_quads(dq_acc + piece.to(gl.int64) * (64 * COLS), COLS // 8)
+    return load_quads(gl.multiple_of(dq_acc + piece.to(gl.int64) * (64 * COLS), 16), COLS // 8)
 
 
 @gluon.jit
@@ -203,7 +284,7 @@ def finish_dq(
     The sums still lie in L2 then; a kernel of its own would read them from memory (53 of 560 us at 16k tokens, S=1k).
     `stage_s` is a (64, COLS) shared buffer that nobody else uses.
     """
-    dq, strides, dq_acc, arrivals = sums
+    dq, strides, dq_acc, arrivals, turns = sums
     bulk_wait_all()
     barrier_sync(BAR_WG + WG, 128)
     before = gl.atomic_add(arrivals + pair * 2 + WG, 1, sem="acq_rel", scope="gpu")

@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from flash_attn.backward.hopper_ops import program_again, reduce_add_quads
+from flash_attn.backward.hopper_ops import program_again, reduce_add_quads, spin_until
 from flash_attn.backward.hopper_tiles import (
     BAR_DO,
     BAR_DS,
@@ -25,21 +25,19 @@ from flash_attn.backward.hopper_tiles import (
     needs_mask,
     place,
     query_range,
+    turn_of,
     unmasked_range,
 )
 from flash_attn.tile.hopper import barrier_arrive, barrier_sync, tma_store
-from flash_attn.tile.score import tanh
+from flash_attn.tile.score import capped, dcapped
 
 
 @gluon.jit
 def _probabilities(s, lse, masked, rows, cols, M, N, band, scores, F: gl.constexpr):
-    """(P, d score / d (scale q.k)) of a tile of products, queries down, keys across; the second is 1 unless capped."""
-    scale_log2, cap_in, cap_log2 = scores
-    x, slope, factor = s, 1.0, scale_log2
-    if F.softcap:
-        x = tanh(s * cap_in)
-        slope = 1.0 - x * x
-        factor = cap_log2
+    """(P, x of `tile/score.py`) of a tile of products, queries down, keys across."""
+    inner, outer = scores
+    x = capped(s, inner, F)
+    kept = x
     if masked:
         hi = gl.full([rows.shape[0]], N, gl.int32, rows.type.layout)
         if F.right:
@@ -47,20 +45,19 @@ def _probabilities(s, lse, masked, rows, cols, M, N, band, scores, F: gl.constex
         ok = gl.expand_dims(cols, 0) < gl.expand_dims(hi, 1)
         if F.left:
             ok = ok & (gl.expand_dims(cols, 0) >= gl.expand_dims(rows + (N - M - band[0]), 1))
-        x = gl.where(ok, x, float("-inf"))
-    return gl.exp2(x * factor + gl.expand_dims(lse, 1)), slope
+        kept = gl.where(ok, x, float("-inf"))
+    return gl.exp2(kept * outer + gl.expand_dims(lse, 1)), x
 
 
 @gluon.jit
-def consume(
-    descs, units, sums, smems, bars, seqs, sizes, band, dim, scores, scale,
-    WG: gl.constexpr, F: gl.constexpr, T: gl.constexpr,
-):  # fmt: skip
+def consume(work, WG: gl.constexpr, F: gl.constexpr, T: gl.constexpr):
     """Warpgroup WG: half the keys of S and dP, half the columns of dQ, dK and dV."""
+    descs, units, sums, smems, bars, problem = work
+    seqs, sizes, band, dim, scores, scale = problem
     dk_desc, dv_desc = descs
-    dq_acc = sums[2]
+    dq_acc, turns = sums[2], sums[4]
     q_s, do_s, k_s, v_s, lse_s, delta_s, p_s, ds_s = smems
-    q_full, do_full, kv_full = bars
+    q_full, do_full, kv_full = bars[0], bars[1], bars[2]
     D: gl.constexpr = T.D
     DV: gl.constexpr = T.DV
     BLOCK_M: gl.constexpr = T.BLOCK_M
@@ -73,7 +70,7 @@ def consume(
     KL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
     VL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS_V, 16])
     dtype: gl.constexpr = q_s.dtype
-    n, hk, pair, q_side, k_side = place(gl.program_id(0), seqs, sizes, T)
+    n, hk, pair, q_side, k_side = place(gl.program_id(0), seqs, sizes, F, T)
     M, tile0 = q_side[3], q_side[4]
     N = k_side[3]
     m_lo, m_hi = query_range(n, M, N, band, F, T)
@@ -108,16 +105,14 @@ def consume(
         delta = delta_s.index(st).load(gl.SliceLayout(1, SL))
         s = warpgroup_mma_wait(1, deps=(s,))
         masked = needs_mask(m, whole, F)
-        p, slope = _probabilities(s, lse, masked, m * BLOCK_M + rows, cols, M, N, band, scores, F)
+        p, x = _probabilities(s, lse, masked, m * BLOCK_M + rows, cols, M, N, band, scores, F)
         p_t = p_s.index(it % 2)
         p_t.slice(WG * KEYS, KEYS, 1).store(p.to(dtype))
         fence_async_shared()
         barrier_sync(BAR_DS, 256)
         dv = warpgroup_mma(p_t.permute((1, 0)), do.slice(WG * COLS_V, COLS_V, 1), dv, is_async=True)
         dp = warpgroup_mma_wait(1, deps=(dp,))
-        ds = p * (dp + gl.expand_dims(delta, 1))
-        if F.softcap:
-            ds = ds * slope
+        ds = dcapped(p * (dp + gl.expand_dims(delta, 1)), x, F)
         ds_t = ds_s.index(it % 2)
         ds_t.slice(WG * KEYS, KEYS, 1).store(ds.to(dtype))
         fence_async_shared()
@@ -128,6 +123,9 @@ def consume(
         dk = warpgroup_mma(ds_t.permute((1, 0)), q.slice(WG * COLS, COLS, 1), dk, is_async=True)
         dv, part = warpgroup_mma_wait(1, deps=(dv, part))
         barrier_arrive(BAR_DO + st, 288)
+        if T.ORDERED:
+            # the producer passes the turn on
+            spin_until(turns + qt * 2 + WG, turn_of(n, m, M, N, band, F, T))
         reduce_add_quads(dq_acc + (qt * 2 + WG).to(gl.int64) * (64 * COLS), part, COLS // 8)
         dk = warpgroup_mma_wait(0, deps=(dk,))
         barrier_arrive(BAR_Q + st, 288)
@@ -137,7 +135,7 @@ def consume(
             m = m_lo
             qt += sizes[7] - (m_hi - m_lo)
     barrier_sync(BAR_DS, 256)  # the other warpgroup has read its last K and V
-    n, hk, pair, q_side, k_side = place(program_again(), seqs, sizes, T)
+    n, hk, pair, q_side, k_side = place(program_again(), seqs, sizes, F, T)
     row, slot = n * BLOCK_N, k_side[2]
     v_t.slice(WG * COLS_V, COLS_V, 1).store(dv.to(dtype))
     k_half.store((dk * scale).to(dtype))
