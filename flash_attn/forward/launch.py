@@ -45,6 +45,7 @@ class Prepared(NamedTuple):
 
     binary: launcher.Binary
     fixed: Fixed
+    plain: tuple | None  # the arguments behind lse, constants included, when there are no tensors among them
 
 
 _prepared: dict[Any, Prepared] = {}
@@ -61,35 +62,43 @@ def supports(problem: Problem) -> str | None:
 
 
 def empty_outputs(problem: Problem, q: Tensor) -> tuple[Tensor, Tensor]:
-    """(out, lse), not initialised."""
-    rows = q.shape[:-2]
-    lse_shape = (problem.heads, *rows) if problem.varlen_q else (problem.batch, problem.heads, problem.max_q)
-    out = torch.empty((*rows, problem.heads, problem.head_dim_v), dtype=q.dtype, device=q.device)
-    return out, torch.empty(lse_shape, dtype=torch.float32, device=q.device)
+    """(out, lse), not initialised. As in FlashAttention-2, out has the memory layout of q where their shapes agree."""
+    if problem.head_dim == problem.head_dim_v:
+        out = torch.empty_like(q)
+    else:
+        out = q.new_empty((*q.shape[:-1], problem.head_dim_v))
+    lse_shape = (
+        (problem.heads, q.shape[0]) if problem.varlen_q else (problem.batch, problem.heads, problem.max_q)
+    )
+    return out, q.new_empty(lse_shape, dtype=torch.float32)
 
 
 def forward(problem: Problem, ops: Operands) -> tuple[Tensor, Tensor]:
     """out like q with the head dim of v, and lse in fp32: (B, H, M) or (H, total_q). See `attn_fwd`."""
-    out, lse = empty_outputs(problem, ops.q)
+    q, k, v = ops.q, ops.k, ops.v
+    out, lse = empty_outputs(problem, q)
     if not launcher.direct(attn_fwd):
         launcher.launch(*plan(problem, ops, out, lse, table.forward_config(problem)))
         return out, lse
-    q, k, v = ops.q, ops.k, ops.v
-    address = [None if x is None else x.data_ptr() for x in ops]
+    at_q, at_k, at_v = q.data_ptr(), k.data_ptr(), v.data_ptr()
+    slopes, pages, sink = ops.alibi_slopes, ops.block_table, ops.sink
     key = (
-        problem, q.stride(), k.stride(), v.stride(), q.shape[0], q.device.index,
-        (address[0] | address[1] | address[2]) & 15,
-        ops.alibi_slopes is not None and ops.alibi_slopes.stride(),
-        ops.block_table is not None and ops.block_table.stride(),
-        ops.sink is not None and ops.sink.dtype, precision(problem.dtype), table.overridden(),
+        problem, q.stride(), k.stride(), v.stride(), q.shape[0], q.get_device(), (at_q | at_k | at_v) & 15,
+        slopes is not None and slopes.stride(), pages is not None and pages.stride(), sink is not None and sink.dtype,
+        precision(problem.dtype), table.overridden(),
     )  # fmt: skip
     ready = _prepared.get(key)
     if ready is None:
         if len(_prepared) >= PREPARED_MAX:
             _prepared.clear()
         ready = _prepared[key] = prepare(problem, ops, out, lse)
-    args = arguments(Operands(*address), out.data_ptr(), lse.data_ptr(), ready.fixed)
-    ready.binary.launch(ready.fixed.grid, (*args, *ready.fixed.constants.values()))
+    fixed = ready.fixed
+    if ready.plain is not None:
+        args = (at_q, at_k, at_v, out.data_ptr(), lse.data_ptr(), *ready.plain)
+    else:
+        addresses = Operands._make([None if x is None else x.data_ptr() for x in ops])
+        args = (*arguments(addresses, out.data_ptr(), lse.data_ptr(), fixed), *fixed.constants.values())
+    ready.binary.launch(fixed.grid, args)
     return out, lse
 
 
@@ -102,7 +111,9 @@ def prepare(problem: Problem, ops: Operands, out: Tensor, lse: Tensor) -> Prepar
             binary = launcher.prepare(
                 step.kernel, step.args, step.constants, step.num_warps, step.num_stages, problem
             )
-            return Prepared(binary, fix(problem, ops, out, lse, config))
+            bare = all(x is None for x in ops[3:])
+            rest = (*step.args[5:], *step.constants.values()) if bare else None
+            return Prepared(binary, fix(problem, ops, out, lse, config), rest)
         except launcher.SharedMemoryError:
             less = smaller(config)
             if less is None:

@@ -155,10 +155,10 @@ def build(
             for d in range(len(args[at])):
                 attrs[(at, d)] = [["tt.divisibility", 16 // value.element_size()]]
     source = _source_class(kernel)(kernel, types, folded, attrs)
+    # the exp2 argument is one fused multiply-add; Triton 3.10 will not fuse unless told to
+    options = dict(num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True) | options
     try:
-        return triton_compile(
-            source, target=target, options=dict(num_warps=num_warps, num_stages=num_stages, **options)
-        )
+        return triton_compile(source, target=target, options=options)
     except Exception as error:  # Triton raises its own, LLVM's and ptxas' errors without a common base
         about = f" for {problem}" if problem is not None else ""
         raise KernelError(f"{kernel.__name__} does not compile{about} ({constants}): {error}") from error
