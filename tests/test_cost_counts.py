@@ -42,16 +42,23 @@ def test_visible_pairs_and_keys_are_those_of_the_mask():
         )
 
 
-def test_tile_steps_cover_exactly_the_tiles_that_hold_a_visible_pair():
+def test_tile_steps_cover_exactly_the_tiles_that_hold_a_visible_pair_and_know_the_masked_ones():
     for m, n, left, right in SMALL:
         mask = keep(m, n, left, right)
         for bm, bn in ((1, 1), (2, 3), (4, 2)):
             got = tile_steps(m, n, left, right, bm, bn)
             want = []
             for i in range(0, m, bm):
-                seen = [j for row in mask[i : i + bm] for j, k in enumerate(row) if k]
+                rows = mask[i : i + bm]
+                seen = [j for row in rows for j, k in enumerate(row) if k]
                 # The kernel walks from the first to the last visible tile.
-                want.append(max(seen) // bn - min(seen) // bn + 1 if seen else 0)
+                tiles = range(min(seen) // bn, max(seen) // bn + 1) if seen else ()
+                hidden = [
+                    t
+                    for t in tiles
+                    if any(t * bn + j >= n or not row[t * bn + j] for row in rows for j in range(bn))
+                ]
+                want.append((len(tiles), len(hidden)))
             assert got == want, (m, n, left, right, bm, bn)
 
 

@@ -135,7 +135,7 @@ def test_stored_measurements_are_predicted():
 
 
 def test_fit_finds_the_constants_that_made_the_rows():
-    truth = Constants(0.7, 0.8, 2e-7, 2e-6, 8e-6)
+    truth = Constants(0.7, 0.8, 2e-7, 1e-7, 2e-6)
     rows = []
     for D in (64, 128, 256):
         for S in (256, 512, 1024, 4096, 16384):
@@ -226,7 +226,7 @@ def test_calibration_of_this_machine(tmp_path, monkeypatch):
 def test_calibrated_gpu_keeps_its_kernels():
     h200 = get_hardware("h200")
     values = dict(device="cuda", name="NVIDIA H200", processors=132, matrix_flops=h200.matrix["bf16"] * 0.75,
-                  bandwidth=h200.bandwidth * 0.895, exps=h200.exps * 0.5, launch_s=5e-6, memory=10**11)  # fmt: skip
+                  bandwidth=h200.bandwidth * 0.895, exps=h200.exps * 0.5, launch_s=h200.launch, memory=10**11)  # fmt: skip
     hw = calibrate.hardware_of(values, "here")
     assert estimate(LAYER, hardware=hw).time_s == pytest.approx(estimate(LAYER, hardware="h200").time_s)
     slower = calibrate.hardware_of(values | {"matrix_flops": values["matrix_flops"] / 2}, "here")

@@ -82,15 +82,22 @@ def visible_keys(m: int, n: int, left: int | None = None, right: int | None = No
     return max(0, high - low)
 
 
-def tile_steps(m: int, n: int, left: int | None, right: int | None, block_m: int, block_n: int) -> list[int]:
-    """Key tiles that each query tile of a sequence visits."""
-    steps = []
+def tile_steps(
+    m: int, n: int, left: int | None, right: int | None, block_m: int, block_n: int
+) -> list[tuple[int, int]]:
+    """(key tiles visited, how many of them hold a pair that must be masked) for each query tile of a sequence."""
+    visits = []
     for start in range(0, m, block_m):
         last = min(start + block_m, m) - 1
         low = 0 if left is None else max(0, start + n - m - left)
         high = n if right is None else min(n, last + n - m + right + 1)
-        steps.append(max(0, -(-high // block_n) - low // block_n))
-    return steps
+        steps = max(0, -(-high // block_n) - low // block_n)
+        # Keys that every row of the tile sees; the tiles inside need no mask.
+        low = 0 if left is None else max(0, last + n - m - left)
+        high = n if right is None else min(n, start + n - m + right + 1)
+        whole = max(0, high // block_n - -(-low // block_n))
+        visits.append((steps, steps - min(whole, steps)))
+    return visits
 
 
 def count(

@@ -2,16 +2,17 @@
 
 A call is a few *passes* (kernels). A pass is a list of work items (a tile of rows, or of keys in the backward) that
 the processors take one after the other, the longest first; an item is a number of *steps* over the other side, each a
-block of scores. One step on one processor takes
+block of scores. One step on one processor takes the longer of its L2 traffic and
 
-    products / (c.matrix x data-sheet rate) + exps x c.exp / data-sheet exp rate + c.step
+    products / (c.matrix x data-sheet rate) + exps x c.exp / data-sheet exp rate + c.step (+ c.mask where masked)
 
 and an item costs c.tile on top, for its first loads and its epilogue. The pass lasts as long as its busiest processor,
-and at least as long as its traffic through memory and L2. `c` comes from `data/kernels.json`, where `fit.py` puts it.
+and at least as long as its traffic to memory. `c` comes from `data/kernels.json`, where `fit.py` puts it.
 """
 
 import heapq
 import json
+from collections import Counter
 from collections.abc import Sequence
 from functools import cache, lru_cache
 from pathlib import Path
@@ -30,25 +31,37 @@ SIMULATED = 30_000  # work items above which the schedule is estimated instead o
 
 
 class Constants(NamedTuple):
-    """What the data sheet does not say about a kernel family; see the module's formula."""
+    """What the data sheet does not say about a forward or backward family; see the module's formula."""
 
     matrix: float  # share of the data-sheet matrix rate that the products reach
     exp: float  # exposed time of the softmax, in units of the exps' data-sheet time
     step: float  # s a step
+    mask: float  # s a masked step, on top
     tile: float  # s a work item
-    launch: float  # s a call
+
+
+class DecodeConstants(NamedTuple):
+    """The same for the split kernel of decode."""
+
+    bandwidth: float  # share of the data-sheet memory rate that is reached
+    tile: float  # s a key tile takes one program when bandwidth is free
+    merge: float  # s to merge the spans, a second kernel
+    start: float  # s a call
+
+
+AnyConstants = Constants | DecodeConstants
 
 
 class Pass(NamedTuple):
-    """One kernel: `items` are (steps, how many items have that many)."""
+    """One kernel: `items` are (steps, masked steps, how many items have that many)."""
 
     name: str
-    items: tuple[tuple[int, int], ...]
-    resident: int  # programs that share a processor, each hiding the others' waits
-    step_flops: float
-    step_exps: float
-    memory_bytes: float
-    l2_bytes: float
+    items: tuple[tuple[int, int, int], ...] = ()
+    resident: int = 1  # programs that share a processor, each hiding the others' waits
+    step_flops: float = 0
+    step_exps: float = 0
+    step_bytes: float = 0  # through L2
+    memory_bytes: float = 0
 
 
 class Estimate(NamedTuple):
@@ -74,12 +87,15 @@ class Estimate(NamedTuple):
 
 
 @cache
-def _stored() -> dict[str, Constants]:
+def _stored() -> dict[str, AnyConstants]:
     text = (Path(__file__).parent / "data" / "kernels.json").read_text()
-    return {name: Constants(**values) for name, values in json.loads(text)["families"].items()}
+    return {
+        name: (DecodeConstants if name.endswith("decode") else Constants)(**values)
+        for name, values in json.loads(text)["families"].items()
+    }
 
 
-def constants(backend: str, kind: str) -> Constants:
+def constants(backend: str, kind: str) -> AnyConstants:
     family = f"{backend}/{kind}"
     known = _stored()
     if family not in known:
@@ -118,7 +134,7 @@ def estimate(
     lens_q: Sequence[int] | None = None,
     lens_k: Sequence[int] | None = None,
     tile: Tile | None = None,
-    c: Constants | None = None,
+    c: AnyConstants | None = None,
     kind: str | None = None,
 ) -> Estimate:
     """Predicted time of `problem`, and what it is spent on.
@@ -142,10 +158,12 @@ def estimate(
     family = "triton" if kind == "decode" else backend  # one split kernel serves every GPU
     c = c or constants(family, kind)
     rate = hw.matrix_rate(str(problem.dtype).removeprefix("torch."))
+    if kind == "decode":
+        assert isinstance(c, DecodeConstants)
+        return _decode(problem, sequences(problem, lens_q, lens_k), work, hw, c)
+    assert isinstance(c, Constants)
     if backend == "cpu":
         return _on_cpu(work, hw, c, rate, kind)
-    if kind == "decode":
-        return _decode(problem, sequences(problem, lens_q, lens_k), work, hw, c)
     tiles = Tiles(tile, tile) if tile else tiles_of(problem, backend, kind, hw)
     lens = tuple(None if lens is None else tuple(lens) for lens in (lens_q, lens_k))
     passes = plan(problem, direction, backend, tiles, lens)
@@ -155,7 +173,7 @@ def estimate(
     for one in passes:
         for name, value in _pass_time(one, hw, c, rate).items():
             parts[name] += value
-    parts["launch"] = c.launch
+    parts["launch"] = hw.launch * len(passes)
     return _result(parts, backend, kind, hw, tiles.main, work)
 
 
@@ -173,21 +191,24 @@ def _result(parts: dict[str, float], backend: str, kind: str, hw: Hardware, tile
 
 
 def _pass_time(one: Pass, hw: Hardware, c: Constants, rate: float) -> dict[str, float]:
-    """Seconds by cause; memory and L2 appear only as far as they exceed the rest."""
+    """Seconds by cause; L2 and memory appear only as far as they exceed the rest."""
     matrix = one.step_flops / (c.matrix * rate / hw.processors)
     softmax = one.step_exps * c.exp / (hw.exps / hw.processors)
-    step = (matrix + softmax + c.step) * one.resident
+    l2 = one.step_bytes / (hw.l2_bandwidth * SUSTAINED_L2 / hw.processors)
+    step = max(matrix + softmax + c.step, l2)
     workers = hw.processors * one.resident
-    items = [(steps * step + c.tile, copies) for steps, copies in one.items]
+    items = [((steps * step + masked * c.mask) * one.resident + c.tile, n) for steps, masked, n in one.items]
     total = sum(cost * copies for cost, copies in items) / workers
-    steps = sum(steps * copies for steps, copies in one.items) / hw.processors
+    steps = sum(steps * copies for steps, _, copies in one.items) / hw.processors
     busy = makespan(items, workers)
-    memory = one.memory_bytes / (hw.bandwidth * SUSTAINED_BANDWIDTH)
-    l2 = one.l2_bytes / (hw.l2_bandwidth * SUSTAINED_L2)
-    parts = {"matrix": steps * matrix, "softmax": steps * softmax}
+    parts = {
+        "matrix": steps * matrix,
+        "softmax": steps * softmax,
+        "l2": steps * (step - matrix - softmax - c.step),
+    }
     parts["overhead"] = total - sum(parts.values())
     parts["imbalance"] = busy - total
-    parts["memory" if memory > l2 else "l2"] = max(0.0, max(memory, l2) - busy)
+    parts["memory"] = max(0.0, one.memory_bytes / (hw.bandwidth * SUSTAINED_BANDWIDTH) - busy)
     return parts
 
 
@@ -211,70 +232,58 @@ def makespan(items: Sequence[tuple[float, int]], workers: int) -> float:
     return max(free)
 
 
+def _items(shapes, tile: Tile, left: int | None, right: int | None, heads: int, each: int) -> tuple:
+    """Work items of `heads` heads over all sequences, each repeated `each` times inside the item."""
+    found: Counter[tuple[int, int]] = Counter()
+    for (m, n), times in shapes.items():
+        for steps, masked in tile_steps(m, n, left, right, tile.block_m, tile.block_n):
+            found[steps * each, masked * each] += times * heads
+    return tuple((steps, masked, copies) for (steps, masked), copies in found.items())
+
+
 def _forward(problem: Problem, shapes, work, tiles: Tiles, backend: str) -> tuple[Pass, ...]:
     tile = tiles.main
-    items: dict[int, int] = {}
-    l2 = hbm = 0.0
-    token = problem.kv_heads * (problem.head_dim + problem.head_dim_v) * problem.dtype.itemsize
-    for (m, n), times in shapes.items():
-        steps = tile_steps(m, n, problem.left, problem.right, tile.block_m, tile.block_n)
-        for s in steps:
-            items[s] = items.get(s, 0) + times * problem.heads
-        l2 += sum(steps) * tile.block_n * token * problem.group * times
-        hbm += visible_keys(m, n, problem.left, problem.right) * token * times
+    items = _items(shapes, tile, problem.left, problem.right, problem.heads, 1)
     block = tile.block_m * tile.block_n
-    own = sum(work.tensors[name] for name in ("q", "out", "lse"))
+    token = (problem.head_dim + problem.head_dim_v) * problem.dtype.itemsize  # K and V of one head
     flops = 2 * block * sum(dims(problem, backend))
-    return (Pass("forward", tuple(items.items()), tile.resident, flops, block, hbm + own, l2 + own),)
-
-
-def _key_items(problem: Problem, shapes, tile: Tile) -> tuple[tuple[int, int], ...]:
-    """Backward work items: a block of keys of one kv head, its steps over the queries of the whole group."""
-    items: dict[int, int] = {}
-    for (m, n), times in shapes.items():
-        # Seen from the keys the mask is the same band with its sides exchanged.
-        for s in tile_steps(n, m, problem.right, problem.left, tile.block_n, tile.block_m):
-            steps = s * problem.group
-            items[steps] = items.get(steps, 0) + times * problem.kv_heads
-    return tuple(items.items())
+    return (Pass("forward", items, tile.resident, flops, block, tile.block_n * token, work.flash_bytes),)
 
 
 def _backward(problem: Problem, shapes, work, tiles: Tiles, backend: str) -> tuple[Pass, ...]:
     d, dv = dims(problem, backend)
     tile, t = tiles.main, work.tensors
     block = tile.block_m * tile.block_n
-    keys = _key_items(problem, shapes, tile)
+    # A work item is a tile of keys of one kv head with the queries of the whole group. Seen from the keys the mask is
+    # the same band with its sides exchanged.
+    turned = {(n, m): times for (m, n), times in shapes.items()}
+    sides = Tile(tile.block_n, tile.block_m)
+    keys = _items(turned, sides, problem.right, problem.left, problem.kv_heads, problem.group)
     reads = t["q"] + t["k"] + t["v"] + t["dout"]
-    # Bytes of Q, dO and the row statistics that one step loads.
-    step_bytes = tile.block_m * ((problem.head_dim + problem.head_dim_v) * problem.dtype.itemsize + 8)
-    steps = sum(s * copies for s, copies in keys)
-    before = Pass("row statistics", (), 1, 0, 0, t["out"] + t["dout"] + 3 * t["lse"], 0)
-    if backend == "hopper":
-        wide = work.rows * problem.head_dim * 4  # dQ in fp32
-        l2 = steps * (step_bytes + tile.block_m * problem.head_dim * 4)
-        main = Pass("dk dv dq", keys, 1, 2 * block * (3 * d + 2 * dv), block, reads + t["dk"] + t["dv"], l2)
-        before = before._replace(memory_bytes=before.memory_bytes + wide)
-        return before, main, Pass("dq", (), 1, 0, 0, wide + t["dq"], 0)
-    dkdv_l2 = steps * step_bytes
-    dkdv = Pass("dk dv", keys, tile.resident, 4 * block * (d + dv), block, reads + t["dk"] + t["dv"], dkdv_l2)
-    rows: dict[int, int] = {}
-    other = tiles.rows or tile
-    for (m, n), times in shapes.items():
-        for s in tile_steps(m, n, problem.left, problem.right, other.block_m, other.block_n):
-            rows[s] = rows.get(s, 0) + times * problem.heads
     token = (problem.head_dim + problem.head_dim_v) * problem.dtype.itemsize
-    dq_l2 = sum(s * copies for s, copies in rows.items()) * other.block_n * token
+    query = tile.block_m * (token + 8)  # Q, dO and the row statistics that a step loads
+    before = Pass("row statistics", memory_bytes=t["out"] + t["dout"] + 3 * t["lse"])
+    if backend == "hopper":
+        wide = work.rows * problem.head_dim * 4  # dQ in fp32, added up in L2
+        flops = 2 * block * (3 * d + 2 * dv)
+        moved = query + tile.block_m * problem.head_dim * 4
+        main = Pass("dk dv dq", keys, 1, flops, block, moved, reads + t["dk"] + t["dv"])
+        before = before._replace(memory_bytes=before.memory_bytes + wide)
+        return before, main, Pass("dq", memory_bytes=wide + t["dq"])
+    other = tiles.rows or tile
+    rows = _items(shapes, other, problem.left, problem.right, problem.heads, 1)
+    dkdv = Pass("dk dv", keys, tile.resident, 4 * block * (d + dv), block, query, reads + t["dk"] + t["dv"])
     block = other.block_m * other.block_n
     flops = 2 * block * (2 * d + dv)
-    return before, dkdv, Pass("dq", tuple(rows.items()), other.resident, flops, block, reads + t["dq"], dq_l2)
+    return (
+        before,
+        dkdv,
+        Pass("dq", rows, other.resident, flops, block, other.block_n * token, reads + t["dq"]),
+    )
 
 
-def _decode(problem: Problem, shapes, work, hw: Hardware, c: Constants) -> Estimate:
-    """Reading K and V once: bound by the bandwidth, or by how fast so many programs can ask for it.
-
-    Here `c.matrix` is the share of the data-sheet bandwidth that is reached, `c.tile` the time of a key tile in one
-    program when bandwidth is free, `c.step` the merge of the spans: a second kernel.
-    """
+def _decode(problem: Problem, shapes, work, hw: Hardware, c: DecodeConstants) -> Estimate:
+    """Reading K and V once: bound by the bandwidth, or by how fast so many programs can ask for it."""
     config = splits.configs(problem, info(hw).shared_memory)[0]
     spans = splits.num_splits(problem, config, hw.processors)
     programs = problem.kv_heads * spans * -(-splits.rows(problem) // config.block_m)
@@ -287,21 +296,21 @@ def _decode(problem: Problem, shapes, work, hw: Hardware, c: Constants) -> Estim
         tiles[each] = tiles.get(each, 0) + times * programs
     items = [(each * c.tile, number) for each, number in tiles.items()]
     asking = makespan(items, 2 * hw.processors)
-    rate = hw.bandwidth * c.matrix
+    rate = hw.bandwidth * c.bandwidth
     partial = 2 * spans * work.rows * (problem.head_dim_v + 1) * 4 if spans > 1 else 0
     memory = (work.flash_bytes + partial) / rate
     parts = {
         "memory": memory,
         "latency": max(0.0, asking - memory),
-        "combine": c.step if spans > 1 else 0.0,
-        "launch": c.launch,
+        "combine": c.merge if spans > 1 else 0.0,
+        "launch": c.start,
     }
     return _result(parts, "triton", "decode", hw, Tile(config.block_m, config.block_n), work)
 
 
 def _on_cpu(work, hw: Hardware, c: Constants, rate: float, kind: str) -> Estimate:
-    """No tiles worth modelling: products at a share of the peak, exps, memory."""
+    """No tiles worth modelling: products at a share of the peak, exps, memory; `c.tile` is the cost of a call."""
     matrix, softmax = work.matmul_flops / (c.matrix * rate), work.exps * c.exp / hw.exps
     memory = max(0.0, work.flash_bytes / (hw.bandwidth * SUSTAINED_BANDWIDTH) - matrix - softmax)
-    parts = {"matrix": matrix, "softmax": softmax, "memory": memory, "launch": c.launch}
+    parts = {"matrix": matrix, "softmax": softmax, "memory": memory, "launch": c.tile}
     return _result(parts, "cpu", kind, hw, Tile(0, 0), work)

@@ -55,7 +55,7 @@ class Row(NamedTuple):
     def tflops(self) -> float:
         return count(self.problem, self.direction, self.lens_q, self.lens_k).matmul_flops / self.time_s / 1e12
 
-    def predict(self, c: kernels.Constants | None = None) -> kernels.Estimate:
+    def predict(self, c: kernels.AnyConstants | None = None) -> kernels.Estimate:
         backend = "triton" if self.kind == "decode" else self.backend
         return kernels.estimate(
             self.problem,

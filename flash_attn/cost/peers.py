@@ -63,7 +63,7 @@ def estimate_peer(
     hw, how = get_hardware(hardware), PEERS[peer]
     dim = max(64, 1 << (max(problem.head_dim, problem.head_dim_v) - 1).bit_length())
     tile = (how.forward if direction == "forward" else how.backward)[min(dim, 256)]
-    c = Constants(1.0, 1.0, 0.0, 2 * LATENCY, hw.launch)
+    c = Constants(1.0, 1.0, 0.0, 0.0, 2 * LATENCY)
     if direction == "backward":
         scores = tile.block_m * tile.block_n
         c = c._replace(matrix=1 / BACKWARD_SHARED, step=scores * BACKWARD_INSTRUCTIONS / 128 / hw.clock)
