@@ -1,0 +1,165 @@
+"""The Hopper backward on the GPU: every feature against the oracle, tile boundaries, repeatability, output views."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from cases import Case, build, ids  # noqa: E402
+
+from flash_attn.backward import hopper_launch  # noqa: E402
+from flash_attn.problem import Operands  # noqa: E402
+from flash_attn.reference import attention as oracle  # noqa: E402
+from flash_attn.utils import device  # noqa: E402
+from flash_attn.utils.testing import assert_gradients_as_close_as_torch, max_error, nan_empty  # noqa: E402
+
+info = device.info()
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(info is None or info.capability != (9, 0), reason="needs a Hopper GPU"),
+]
+BF16, FP16 = torch.bfloat16, torch.float16
+LONG = dict(max_q=500, max_k=700, dtype=BF16, head_dim=64)
+PACKED = dict(
+    batch=6, packed_q=(1, 130, 64, 300, 0, 257), packed_k=(70, 130, 0, 555, 12, 128), max_q=300, max_k=555
+)
+FEATURES = {
+    "full": {}, "causal": dict(causal=True), "window": dict(window=(100, 50)), "left": dict(window=(129, -1)),
+    "right": dict(window=(-1, 77)), "slide": dict(window=(200, 0)), "softcap": dict(softcap=5.0, scale=1.0),
+    "sink": dict(sink=True, causal=True), "more_queries": dict(causal=True, max_q=700, max_k=300),
+    "packed": PACKED, "packed_causal": PACKED | dict(causal=True),
+    "packed_all": PACKED | dict(window=(40, 20), softcap=8.0, sink=True, seqused_k=(33, 130, 0, 1, 12, 127)),
+    "packed_used": PACKED | dict(causal=True, seqused_q=(1, 100, 0, 300, 0, 200)),
+    "used": dict(batch=3, seqused_k=(0, 700, 130), seqused_q=(500, 3, 0), causal=True),
+}  # fmt: skip
+CASES = [
+    Case(f"{name}_{d}", **LONG | dict(head_dim=d) | what) for d in (64, 128, 256) for name, what in FEATURES.items()
+] + [
+    Case(f"ordered_{name}_{d}", **LONG | dict(head_dim=d, deterministic=True) | FEATURES[name])
+    for d in (64, 128, 256) for name in ("full", "causal", "slide", "left", "packed", "packed_causal", "used")
+] + [
+    Case("fp16_causal_128", **LONG | dict(head_dim=128, dtype=FP16), causal=True),
+    Case("fp16_256", **LONG | dict(head_dim=256, dtype=FP16)),
+    Case("mqa", **LONG, heads=8, kv_heads=1, causal=True),
+    Case("mla_192_128", **LONG | dict(head_dim=192), head_dim_v=128, causal=True),
+    Case("mla_packed", head_dim=192, head_dim_v=128, dtype=BF16, causal=True, **PACKED),
+    *(Case(f"head_dim_{d}", **LONG | dict(head_dim=d), causal=True) for d in (40, 72, 96, 160, 192, 224)),
+    Case("head_dim_64_v128", **LONG, head_dim_v=128),
+]  # fmt: skip
+
+
+def make(case: Case, seed: int = 0):
+    built = build(case, device="cuda", seed=seed)
+    p, ops = built.problem, built.operands
+    out, lse = oracle.forward(p, ops)
+    dout = torch.randn(out.shape, device="cuda").to(p.dtype)
+    return p, ops, out.to(p.dtype), lse.float(), dout
+
+
+def check(case: Case, seed: int = 0, dlse: bool = False) -> None:
+    p, ops, out, lse, dout = make(case, seed)
+    assert hopper_launch.supports(p) is None
+    grad_lse = torch.randn(lse.shape, device="cuda") if dlse else None
+    with nan_empty():
+        got = hopper_launch.backward(p, ops, out, lse, dout, grad_lse)
+    assert_gradients_as_close_as_torch(got, p, ops, dout, grad_lse)
+
+
+@pytest.mark.parametrize("case", CASES, ids=ids)
+def test_equals_the_oracle(case):
+    check(case)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_gradient_of_lse(head_dim):
+    check(Case("x", **LONG | dict(head_dim=head_dim), causal=True), dlse=True)
+    check(Case("x", **LONG | dict(head_dim=head_dim) | PACKED, sink=True), dlse=True)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_every_length_around_a_tile(head_dim, causal):
+    for n in (2, 63, 64, 65, 127, 128, 129, 193, 257):
+        for m in (1, 63, 64, 65, 128, 129, 257):
+            if causal and n <= m:
+                continue  # its last rows see one key, see `test_a_single_key`
+            check(
+                Case(
+                    "x", max_q=m, max_k=n, dtype=BF16, head_dim=head_dim, causal=causal, heads=2, kv_heads=1
+                ),
+                seed=n,
+            )
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_a_single_key(head_dim):
+    """P is 1, so dS = dP - delta is exactly 0; two fp32 sums of the same products may differ by their rounding."""
+    p, ops, out, lse, dout = make(Case("x", max_q=70, max_k=1, dtype=BF16, head_dim=head_dim))
+    got = hopper_launch.backward(p, ops, out, lse, dout)
+    products = (dout.double() * out.double()).abs().sum(-1).max().item()
+    rounding = head_dim * torch.finfo(torch.float32).eps * products
+    assert got.dq.abs().max() <= rounding * ops.k.abs().max()
+    assert got.dk.abs().max() <= p.max_q * p.group * rounding * ops.q.abs().max()
+    want = oracle.backward(p, ops, *oracle.forward(p, ops), dout)
+    assert max_error(got.dv, want.dv) <= torch.finfo(BF16).eps * want.dv.abs().max()
+
+
+def test_both_infinities_of_lse_mean_a_row_without_keys():
+    p, ops, out, lse, dout = make(Case("x", max_q=300, max_k=100, dtype=BF16, head_dim=128, causal=True))
+    assert (lse == -torch.inf).any()
+    got = hopper_launch.backward(p, ops, out, lse, dout)
+    same = hopper_launch.backward(p, ops, out, torch.where(lse == -torch.inf, torch.inf, lse), dout)
+    assert torch.equal(got.dk, same.dk) and torch.equal(got.dv, same.dv)
+    assert (got.dq[:, :200] == 0).all() and (same.dq[:, :200] == 0).all()
+
+
+def test_writes_into_views_and_reads_what_tma_cannot():
+    case = Case("x", max_q=200, max_k=200, heads=4, kv_heads=4, head_dim=64, dtype=BF16, deterministic=True)
+    p, ops, out, lse, dout = make(case)
+    want = hopper_launch.backward(p, ops, out, lse, dout)
+    dqkv = torch.full((2, 200, 3, 4, 64), torch.nan, device="cuda", dtype=BF16)
+    got = hopper_launch.backward(p, ops, out, lse, dout, into=tuple(dqkv.unbind(2)))
+    odd = tuple(
+        torch.full((2, 200, 4, 68), torch.nan, device="cuda", dtype=BF16)[..., 3:67] for _ in range(3)
+    )
+    hopper_launch.backward(p, ops, out, lse, dout, into=odd)
+    unaligned = []
+    for x in (*ops[:3], out, dout):
+        wide = torch.full((*x.shape[:-1], 68), torch.nan, device="cuda", dtype=BF16)
+        wide[..., 3:67] = x
+        unaligned.append(wide[..., 3:67])
+    q, k, v, out, dout = unaligned
+    moved = hopper_launch.backward(p, Operands(q, k, v), out, lse, dout)
+    for i in range(3):
+        assert got[i].data_ptr() == dqkv[:, :, i].data_ptr()
+        assert torch.equal(dqkv[:, :, i], want[i])
+        assert torch.equal(odd[i], want[i])
+        assert torch.equal(moved[i], want[i])
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_a_thousand_runs_agree(head_dim, causal, ordered):
+    case = Case("x", batch=2, max_q=1100, max_k=1100, heads=8, kv_heads=4, head_dim=head_dim, dtype=BF16,
+                causal=causal, deterministic=ordered)  # fmt: skip
+    p, ops, out, lse, dout = make(case)
+    first = hopper_launch.backward(p, ops, out, lse, dout)
+    different = torch.zeros(3, dtype=torch.int64, device="cuda")
+    for _ in range(1000):
+        again = hopper_launch.backward(p, ops, out, lse, dout)
+        different += torch.stack([(a != b).sum() for a, b in zip(again[:3], first[:3], strict=True)])
+    assert different[1:].tolist() == [0, 0]
+    if ordered:
+        assert different[0].item() == 0
+
+
+def test_can_be_captured_in_a_graph():
+    p, ops, out, lse, dout = make(Case("x", **LONG | dict(head_dim=128), causal=True, deterministic=True))
+    want = hopper_launch.backward(p, ops, out, lse, dout)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = hopper_launch.backward(p, ops, out, lse, dout)
+    for x in got[:3]:
+        x.fill_(torch.nan)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(got[:3], want[:3], strict=True))

@@ -1,0 +1,184 @@
+"""The Hopper backward without a GPU: what it refuses, how it walks over tiles, and what ptxas makes of it."""
+
+import os
+import types
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+from cases import Case, build  # noqa: E402
+from sass import inspect  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+
+from flash_attn.backends import hopper as backend  # noqa: E402
+from flash_attn.backward import hopper_launch, hopper_tiles  # noqa: E402
+from flash_attn.backward.hopper_launch import Features  # noqa: E402
+from flash_attn.utils import device, launcher  # noqa: E402
+
+HALF = dict(dtype=torch.bfloat16, heads=4, kv_heads=2, max_q=300, max_k=500, head_dim=64)
+compiles = [
+    pytest.mark.compile,
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter is on"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _h200():
+    with device.assume(device.KNOWN["h200"]):
+        yield
+
+
+def problem(**changes):
+    return Case("x", **HALF | changes).problem("cuda")
+
+
+def test_runs_what_it_was_built_for():
+    for changes in (
+        {}, dict(causal=True), dict(window=(9, 5)), dict(softcap=5.0, sink=True), dict(dtype=torch.float16),
+        dict(packed_q=(3, 4), packed_k=(7, 2)), dict(seqused_k=(4, 5)), dict(head_dim=192, head_dim_v=128),
+        dict(deterministic=True), dict(kv_heads=1),
+    ):  # fmt: skip
+        assert backend.supports(problem(**changes), "backward") is None
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        (dict(dtype=torch.float32), "float32"),
+        (dict(head_dim=264), "256"),
+        (dict(head_dim=60), "multiple"),
+        (dict(head_dim=32), "32"),
+        (dict(dropout_p=0.1), "dropout"),
+        (dict(alibi="h"), "ALiBi"),
+        (dict(page_size=16), "paged"),
+        (dict(leftpad=(1, 2)), "left-padded"),
+        (dict(batch_idx=(1, 0)), "cache_batch_idx"),
+        (dict(scale=-1.0), "positive"),
+        (dict(max_q=0), "no queries"),
+    ],
+)
+def test_says_why_it_refuses(changes, reason):
+    assert reason in hopper_launch.supports(problem(**changes))
+
+
+def test_every_head_dim_fits_its_padded_tile():
+    for d in range(40, 257, 8):
+        for dv in range(40, 257, 8):
+            T = hopper_launch.schedule(problem(head_dim=d, head_dim_v=dv))
+            assert max(d, T.DV) <= T.D and dv <= T.DV
+            assert T.DV == 64 or dv > T.DV // 2
+
+
+def test_a_packed_sequence_has_padded_tiles_of_its_own():
+    lengths = (1, 300, 64, 0, 129, 128)
+    p = problem(batch=len(lengths), packed_q=lengths, packed_k=lengths)
+    end, start = 0, 0
+    for b, n in enumerate(lengths):
+        first = start // 64 + b  # as `hopper_tiles.place` has it
+        assert first >= end
+        end, start = first + -(-n // 64), start + n
+    assert end <= hopper_launch.query_tiles(p, start, 64)
+
+
+def test_work_on_the_host_in_a_group_fits_the_cache():
+    p = problem(causal=True, batch=64)
+    width = hopper_launch.group_width(p)
+    assert 1 < width <= p.batch * p.kv_heads
+    assert width * p.max_q * 128 * 2 * p.group <= 16 << 20
+    assert hopper_launch.group_width(problem()) == 1
+
+
+def plain(jitted):
+    """The integer arithmetic of a device function, run by Python."""
+    stand_in = types.SimpleNamespace(minimum=min, maximum=max, constexpr=None)
+    return types.FunctionType(jitted.fn.__code__, {**jitted.fn.__globals__, "gl": stand_in})
+
+
+BANDS = [(None, None), (None, 0), (None, 7), (20, 0), (70, 33), (15, None), (0, 0)]
+SIZES = [(300, 500), (500, 300), (64, 64), (1, 200), (200, 1), (129, 128), (257, 127)]
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("left, right", BANDS)
+def test_tiles_cover_the_mask_and_take_turns(head_dim, left, right):
+    """`query_range` is exact, `unmasked_range` never too wide, and `turn_of` counts programs in their launch order."""
+    query_range, unmasked_range, turn_of = (
+        plain(f) for f in (hopper_tiles.query_range, hopper_tiles.unmasked_range, hopper_tiles.turn_of)
+    )
+    T = hopper_launch.schedule(problem(head_dim=head_dim))
+    BM, BN = T.BLOCK_M, T.BLOCK_N
+    F = Features(left is not None, right is not None, False, True)
+    band = (left or 0, right or 0)
+    for M, N in SIZES:
+        distance = torch.arange(N) - (torch.arange(M)[:, None] + N - M)
+        sees = torch.ones(M, N, dtype=torch.bool)
+        if left is not None:
+            sees &= distance >= -left
+        if right is not None:
+            sees &= distance <= right
+        tiles = -(-N // BN)
+        visits: dict[int, list[int]] = {}
+        for n in (
+            reversed(range(tiles + 1)) if F.right else range(tiles + 1)
+        ):  # one tile more than there are keys
+            lo, hi = query_range(n, M, N, band, F, T)
+            seen = [m for m in range(-(-M // BM)) if sees[m * BM : (m + 1) * BM, n * BN : (n + 1) * BN].any()]
+            assert list(range(lo, hi)) == seen or not seen
+            for m in range(lo, hi):
+                assert turn_of(n, m, M, N, band, F, T) == len(visits.setdefault(m, []))
+                visits[m].append(n)
+            for key0 in range(n * BN, (n + 1) * BN, BN // 2):
+                whole_lo, whole_hi = unmasked_range(key0, BN // 2, M, N, band, hi, F, T)
+                for m in range(max(lo, whole_lo), min(hi, whole_hi)):
+                    assert key0 + BN // 2 <= N and sees[m * BM : (m + 1) * BM, key0 : key0 + BN // 2].all()
+
+
+def compiled(case: Case):
+    """The main kernel of a case, for a GPU that need not be there."""
+    ops = build(case).operands
+    p = case.problem("cuda")
+    calls = []
+    dout = torch.empty(*ops.q.shape[:-1], p.head_dim_v, dtype=p.dtype)
+    lse = torch.empty((p.heads, ops.q.shape[0]) if p.varlen_q else (p.batch, p.heads, p.max_q))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            hopper_launch,
+            "_launch",
+            lambda kernel, grid, args, constants, *_: calls.append((kernel, args, constants)),
+        )
+        hopper_launch.backward(p, ops, dout, lse, dout)
+    (kernel, args, constants) = next(c for c in calls if c[0].__name__ == "attn_bwd_hopper")
+    return launcher.build(kernel, args, constants, target=GPUTarget("cuda", 90, 32))
+
+
+# what ptxas 12.8 spills, in bytes, outside of the loops over queries
+CONFIGURATIONS = [
+    (Case("64", **HALF), 120),
+    (Case("64_causal", causal=True, **HALF), 120),
+    (Case("128", **HALF | dict(head_dim=128)), 130),
+    (Case("128_causal", causal=True, **HALF | dict(head_dim=128)), 8),
+    (Case("256_causal", causal=True, **HALF | dict(head_dim=256)), 0),
+    (Case("192_128_causal", causal=True, head_dim_v=128, **HALF | dict(head_dim=192)), 0),
+    (Case("128_ordered_causal_fp16", causal=True, deterministic=True,
+          **HALF | dict(head_dim=128, dtype=torch.float16)), 8),
+    (Case("256_ordered", deterministic=True, **HALF | dict(head_dim=256)), 16),
+]  # fmt: skip
+
+
+class TestCompiled:
+    pytestmark = compiles
+
+    @pytest.mark.parametrize("case, spills", CONFIGURATIONS, ids=lambda x: getattr(x, "id", ""))
+    def test_keeps_the_pipeline(self, case, spills, tmp_path):
+        report = inspect(compiled(case), tmp_path)
+        assert report.warnings == []
+        assert report.spills <= spills
+        assert report.shared <= device.KNOWN["h200"].shared_memory
+        assert report.count["USETMAXREG"] > 0, "no register reallocation"
+        assert report.count["UTMALDG"] > 0 and report.count["UTMASTG"] > 0, "no TMA"
+        if case.head_dim <= 128:
+            assert report.register_a > 0, "P and dS do not stay in registers"
+            assert report.count["UTMAREDG"] > 0, "dQ does not leave by TMA"
+        else:
+            assert report.count["REDG"] > 0, "dQ does not leave by vector reductions"
