@@ -78,11 +78,11 @@ def backward(
     for name, x, want in (("dout", dout, like_out), ("out", out, like_out), ("softmax_lse", lse, shape)):
         if tuple(x.shape) != want:
             raise ArgumentValueError(f"{name} must have shape {want}, got {tuple(x.shape)}")
-    for name, x, like in zip(("dq", "dk", "dv"), into, ops[:3], strict=True):
-        if x is not None and (x.shape != like.shape or x.dtype != like.dtype):
+    for name, given, like in zip(("dq", "dk", "dv"), into, ops[:3], strict=True):
+        if given is not None and (given.shape != like.shape or given.dtype != like.dtype):
             raise ArgumentValueError(
                 f"{name} must have shape {tuple(like.shape)} and dtype {like.dtype},"
-                f" got {tuple(x.shape)} and {x.dtype}"
+                f" got {tuple(given.shape)} and {given.dtype}"
             )
     if problem.dropout_p:
         ops = ops._replace(rng_state=rng_state)
@@ -93,9 +93,9 @@ def backward(
     )
     out, dout = last_contiguous("out", out), last_contiguous("dout", dout)
     run_backward(problem, ops, out, lse, dout, dlse, direct)
-    for x, written in zip(into, direct, strict=True):
-        if x is not None and x is not written:
-            x.copy_(written)
+    for given, written in zip(into, direct, strict=True):
+        if given is not None and given is not written:
+            given.copy_(written)
     return direct  # type: ignore[return-value]
 
 

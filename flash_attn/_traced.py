@@ -179,6 +179,7 @@ def _flash_attn_append_kvcache(
         block_table, softmax_scale, causal, (window_size_left, window_size_right), softcap, rotary_interleaved,
         alibi_slopes, num_splits,
     )  # fmt: skip
+    assert new is not None
     out, lse = attention(problem, run_append(problem, ops, new))
     return out.contiguous(), _legacy.surface_lse(problem, lse).contiguous()
 

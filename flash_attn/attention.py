@@ -109,13 +109,15 @@ def _inputs(ops: Operands, packed: Tensor | None) -> tuple[Tensor, ...]:
     return inputs if ops.sink is None else (*inputs, ops.sink)
 
 
-def _views(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+def _views(inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v out of what `_inputs` gave, without the sink; of tensors or of their gradients."""
     if len(inputs) == 3:
-        return inputs
-    if len(inputs) == 1:
-        return inputs[0].unbind(-3)
-    return inputs[0], *inputs[1].unbind(-3)
+        q, k, v = inputs
+    elif len(inputs) == 2:
+        q, (k, v) = inputs[0], inputs[1].unbind(-3)
+    else:
+        q, k, v = inputs[0].unbind(-3)
+    return q, k, v
 
 
 def _save(ctx, call: _Call, inputs: tuple[Tensor, ...], out: Tensor, lse: Tensor) -> None:
@@ -150,7 +152,7 @@ class _Attention(torch.autograd.Function):
         if dout is None:
             dout = torch.zeros_like(out)
         sink = inputs.pop() if problem.sink else None
-        grads: list[Tensor | None] = [torch.empty_like(x) for x in inputs]
+        grads = [torch.empty_like(x) for x in inputs]
         ops = Operands(*_views(inputs), *rest)
         if sink is not None:
             ops = ops._replace(sink=sink)
@@ -183,9 +185,9 @@ class _TransformableAttention(_Attention):
     def forward(call: _Call, *inputs: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         problem, ops, forced = call
         if problem.sink:
-            *inputs, sink = inputs
-            ops = ops._replace(sink=sink)
-        return run_forward(problem, Operands(*_views(inputs), *ops[3:]), forced)
+            ops, inputs = ops._replace(sink=inputs[-1]), inputs[:-1]
+        q, k, v = _views(inputs)
+        return run_forward(problem, ops._replace(q=q, k=k, v=v), forced)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:

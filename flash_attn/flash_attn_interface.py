@@ -299,7 +299,7 @@ def flash_attn_with_kvcache(
 def _dense(packed: Tensor | None, return_attn_probs: bool, q, k, v, *common) -> Result:
     """A dense call; `common` are the arguments of `describe` from dropout_p to deterministic."""
     if tracing():
-        return _traced.call(q, k, v, *common, return_attn_probs)
+        return _traced.call(q, k, v, *common, return_attn_probs)  # type: ignore[call-arg]
     problem, ops = describe(q, k, v, *common)
     return _run(problem, ops, return_attn_probs, packed)
 
@@ -311,7 +311,7 @@ def _varlen(
     """A call of packed sequences; `common` are those of `describe_varlen` from dropout_p on."""
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     if tracing():
-        return _traced.call(q, k, v, *common[:7], return_attn_probs, *lengths, *common[7:])
+        return _traced.call(q, k, v, *common[:7], return_attn_probs, *lengths, *common[7:])  # type: ignore[call-arg]
     problem, ops = describe_varlen(q, k, v, *lengths, *common)
     return _run(problem, ops, return_attn_probs, packed)
 

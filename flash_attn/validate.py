@@ -409,8 +409,8 @@ def _check_sink(sink: Tensor, H: int, q: Tensor) -> None:
 def _check_dtypes(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str, str]) -> None:
     allowed = DTYPES.get(q.device.type, GPU_DTYPES)
     if q.dtype not in allowed:
-        names = ", ".join(str(d).removeprefix("torch.") for d in allowed)
-        raise ArgumentTypeError(f"q must have dtype {names} on {q.device.type}, got {q.dtype}")
+        listed = ", ".join(str(d).removeprefix("torch.") for d in allowed)
+        raise ArgumentTypeError(f"{names[0]} must have dtype {listed} on {q.device.type}, got {q.dtype}")
     for name, x in zip(names[1:], (k, v), strict=True):
         if x.dtype != q.dtype:
             raise ArgumentTypeError(

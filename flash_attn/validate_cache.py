@@ -58,7 +58,7 @@ def describe_kvcache(
     """
     if window_size is not NO_WINDOW:
         window_size = as_window(window_size)
-    lengths = None if type(cache_seqlens) is int else cache_seqlens
+    lengths: Any = None if type(cache_seqlens) is int else cache_seqlens
     try:
         key: Hashable = (
             q.shape, k_cache.shape, v_cache.shape, q.dtype, k_cache.dtype, v_cache.dtype,
@@ -153,9 +153,9 @@ def _describe(
             raise ArgumentValueError(
                 f"{name} must have contiguous last dimension (it is used in place), got strides {x.stride()}"
             )
-    for name, x in (("cache_batch_idx", cache_batch_idx), ("cache_leftpad", cache_leftpad)):
-        if x is not None:
-            check_index(name, x, "(batch_size,)", (B,), q)
+    for name, index in (("cache_batch_idx", cache_batch_idx), ("cache_leftpad", cache_leftpad)):
+        if index is not None:
+            check_index(name, index, "(batch_size,)", (B,), q)
     if isinstance(cache_seqlens, Tensor):
         check_index("cache_seqlens", cache_seqlens, "(batch_size,)", (B,), q)
     return build(

@@ -22,11 +22,11 @@ def backward(
     problem: Problem, ops: Operands, out, lse, dout, dlse=None, into=(None, None, None)
 ) -> Gradients:
     """Zeros; the sink's gradient is what its lse receives (out does not depend on it)."""
-    grads = [torch.empty_like(x) if to is None else to for x, to in zip(ops[:3], into, strict=True)]
-    for grad in grads:
-        grad.zero_()
+    dq, dk, dv = (
+        torch.zeros_like(x) if to is None else to.zero_() for x, to in zip(ops[:3], into, strict=True)
+    )
     dsink = None
     if ops.sink is not None:
         rows = torch.zeros_like(lse) if dlse is None else dlse  # (B, H, M) or (H, total_q)
         dsink = (rows.sum(1) if problem.varlen_q else rows.sum((0, 2))).to(ops.sink.dtype)
-    return Gradients(*grads, dsink)
+    return Gradients(dq, dk, dv, dsink)
