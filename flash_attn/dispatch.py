@@ -29,7 +29,6 @@ BACKENDS = {
 # Run only when asked for by name.
 FORCED_ONLY = {
     "reference": "flash_attn.backends.reference",
-    "flaggems": "flash_attn.flash_attn_flaggems_backend",
 }
 DIRECTIONS = ("forward", "backward")
 
