@@ -1,7 +1,10 @@
-"""The backward kernels: attn_bwd_dkdv (one program per key block) and attn_bwd_dq (one per row block).
+"""The backward kernels: attn_bwd_dq (one program per row block), then attn_bwd_dkdv (one per key block).
 
 Neither uses atomics: every gradient is summed in a fixed order, in fp32, over the query heads of a group too, so all
 of them are bitwise reproducible. The price is that the scores are computed twice (7 products instead of 5).
+
+attn_bwd_dq has the rows of O and dO at hand, so it also makes what attn_bwd_dkdv needs to know about rows:
+delta = rowsum(dO * O) - dLSE, and lse in base 2.
 """
 
 from typing import NamedTuple
@@ -9,15 +12,17 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from flash_attn.backward import preprocess
 from flash_attn.tile import dropout, mask, rows, score
 
-sequence, row_offsets = rows.sequence, rows.row_offsets
+sequence, packed_tile, row_offsets = rows.sequence, rows.packed_tile, rows.row_offsets
 key_range, full_range, keep = mask.key_range, mask.full_range, mask.keep
 capped, biased, dcapped = score.capped, score.biased, score.dcapped
-stats_start = preprocess.stats_start
 keep_tile, keep_tile_t = dropout.keep_tile, dropout.keep_tile_t
 LOG2E = score.LOG2E
+
+# The row statistics of a packed sequence start at a multiple of this many rows and fill whole blocks, so that they
+# are read without a mask; every block_m divides it.
+PAD = tl.constexpr(128)
 
 
 class Features(NamedTuple):
@@ -30,14 +35,67 @@ class Features(NamedTuple):
     dropout: bool
 
 
+class Tiling(NamedTuple):
+    """How a program is cut, and what it cuts; compile-time."""
+
+    block_m: int
+    block_n: int
+    D: int  # head dim of q and k
+    DV: int  # of v and out
+    d1: int  # columns of the first tile that covers D
+    d2: int  # and of the second; 0: there is none
+    v1: int  # the same for DV
+    v2: int
+    rows_first: (
+        bool  # dkdv holds S as rows x keys and gradients as dims x keys; otherwise S^T, and keys x dims
+    )
+    precision: str  # of products of fp32: "ieee" or "tf32"
+
+
 @triton.jit
-def _key_sequence(cu_seqlens, seqused, leftpad, max_len, b):
-    """(first row, length) of the keys of sequence `b`; key 0 is the row at leftpad."""
-    start, length = sequence(cu_seqlens, seqused, max_len, b)
+def _locate(
+    cu_seqlens, pid, blocks, heads, batch, max_len, total, REVERSED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """(head, sequence, block in it, its first row, rows it owns, rows in use) of program `pid`.
+
+    The blocks of a head come one after the other, from the last if REVERSED. The rows behind the last packed sequence
+    are owned by it too (they want zeros), none of them in use.
+    """
+    block, pid = pid % blocks, pid // blocks
+    if REVERSED:
+        block = blocks - 1 - block
+    if cu_seqlens is None:
+        head, b = pid % heads, pid // heads
+        start, owned = 0, max_len
+        used = owned
+    else:
+        head = pid
+        b, block = packed_tile(cu_seqlens, batch, block, BLOCK)
+        start = tl.load(cu_seqlens + b)
+        owned = tl.load(cu_seqlens + b + 1, mask=b < batch, other=total) - start
+        used = tl.where(b < batch, owned, 0)
+        b = tl.minimum(b, batch - 1)
+    return head.to(tl.int64), b.to(tl.int64), block, start, owned, used
+
+
+@triton.jit
+def _stats_start(cu_seqlens, start, b):
+    """First row of sequence `b` in the statistics; `start` is its first row in q."""
+    if cu_seqlens is not None:
+        return (start + b * PAD) // PAD * PAD
+    else:
+        return 0
+
+
+@triton.jit
+def _used_keys(start, owned, N, seqused, leftpad, b):
+    """(first row, rows to write, keys in use) of a sequence; key 0 is the row at leftpad."""
+    if seqused is not None:
+        N = tl.minimum(N, tl.load(seqused + b))
     if leftpad is not None:
         pad = tl.load(leftpad + b)
-        start, length = start + pad, tl.maximum(length - pad, 0)
-    return start, length
+        start, owned, N = start + pad, owned - pad, tl.maximum(N - pad, 0)
+    return start, owned, N
 
 
 @triton.jit
@@ -63,15 +121,57 @@ def _full_row_range(col_lo, col_hi, M, N, band, F: tl.constexpr):
 
 
 @triton.jit
+def _load(base, row_offsets, valid, D: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr):
+    """Rows of D columns as tiles of C1 and C2 columns (powers of two); 0 where there is nothing.
+
+    Where one tile is enough, C2 is 0 and the first stands in for it. Memory that is not valid may hold NaN.
+    Two tiles of 128 share their row addresses, of which one of 256 has twice as many to keep in registers.
+    """
+    dims = tl.arange(0, C1)
+    at = base + row_offsets[:, None] + dims[None, :]
+    if C1 <= D:
+        first = tl.load(at, mask=valid[:, None], other=0.0)
+    else:
+        first = tl.load(at, mask=valid[:, None] & (dims < D)[None, :], other=0.0)
+    second = first
+    if C2 > 0:
+        dims2 = tl.arange(0, C2)
+        at2 = base + row_offsets[:, None] + (C1 + dims2)[None, :]
+        if C1 + C2 <= D:
+            second = tl.load(at2, mask=valid[:, None], other=0.0)
+        else:
+            second = tl.load(at2, mask=valid[:, None] & (dims2 < D - C1)[None, :], other=0.0)
+    return first, second
+
+
+@triton.jit
+def _zeros(ROWS: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """Two accumulators of C1 and C2 columns; where there is no second one, as small as a tile can be."""
+    if TRANSPOSED:
+        return tl.zeros([C1, ROWS], tl.float32), tl.zeros([C2 if C2 > 0 else 16, ROWS], tl.float32)
+    else:
+        return tl.zeros([ROWS, C1], tl.float32), tl.zeros([ROWS, C2 if C2 > 0 else 16], tl.float32)
+
+
+@triton.jit
+def _inner(a, b, C2: tl.constexpr, T: tl.constexpr):
+    """a b^T over all columns, [rows of a, rows of b] fp32."""
+    x = tl.dot(a[0], tl.trans(b[0]), input_precision=T.precision)
+    if C2 > 0:
+        x = tl.dot(a[1], tl.trans(b[1]), x, input_precision=T.precision)
+    return x
+
+
+@triton.jit
 def _p_and_ds(
-    qk, dp, r, c, M, N, lse2, delta, kept, factors, slope_log2, band, F: tl.constexpr, MASKED: tl.constexpr
+    qk, dp, r, c, M, N, lse2, delta, kept, factors, slope, band, F: tl.constexpr, MASKED: tl.constexpr
 ):
-    """(dropped-out P, dS) of a tile, either way round: r and lse2 broadcast along keys, c along rows.
+    """(dropped-out P, dS) of a tile, either way round: r, lse2 and delta broadcast along keys, c along rows.
 
     Both lack the factor 1 / (1 - dropout_p) and dS the factor `scale`; whole gradients get them at the end.
     """
     x = capped(qk, factors[0], F)
-    s = biased(x, factors[1], r, c, M, N, slope_log2, F)
+    s = biased(x, factors[1], r, c, M, N, slope, F)
     p = tl.math.exp2(s - lse2)
     if MASKED:
         p = tl.where(keep(r, c, M, N, band, F), p, 0.0)
@@ -84,31 +184,94 @@ def _p_and_ds(
 
 
 @triton.jit
+def _plus(acc, w, b, C2: tl.constexpr, T: tl.constexpr):
+    """acc + w b for both tiles of b; w is rounded to b's dtype."""
+    w = w.to(b[0].dtype)
+    first, second = tl.dot(w, b[0], acc[0], input_precision=T.precision), acc[1]
+    if C2 > 0:
+        second = tl.dot(w, b[1], acc[1], input_precision=T.precision)
+    return first, second
+
+
+@triton.jit
+def _plus_transposed(acc, w, b, C2: tl.constexpr, T: tl.constexpr):
+    """acc + b^T w for both tiles of b."""
+    w = w.to(b[0].dtype)
+    first, second = tl.dot(tl.trans(b[0]), w, acc[0], input_precision=T.precision), acc[1]
+    if C2 > 0:
+        second = tl.dot(tl.trans(b[1]), w, acc[1], input_precision=T.precision)
+    return first, second
+
+
+@triton.jit
+def _store(
+    base,
+    row_offsets,
+    valid,
+    acc,
+    factor,
+    D: tl.constexpr,
+    C1: tl.constexpr,
+    C2: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):
+    """Write factor * acc, two tiles [rows, columns] (or [columns, rows]) as `_load` makes them."""
+    for part in tl.static_range(2 if C2 > 0 else 1):
+        dims = part * C1 + tl.arange(0, C2 if part == 1 else C1)
+        x = (acc[part] * factor).to(base.dtype.element_ty)
+        if TRANSPOSED:
+            tl.store(
+                base + row_offsets[None, :] + dims[:, None], x, mask=valid[None, :] & (dims < D)[:, None]
+            )
+        else:
+            tl.store(
+                base + row_offsets[:, None] + dims[None, :], x, mask=valid[:, None] & (dims < D)[None, :]
+            )
+
+
+@triton.jit
 def _over_rows(
-    dk, dv, k_tile, v_tile, q_at, do_at, q_stride, do_stride, lse2_at, delta_at, cols, col_lo, lo, hi, M, N, bh,
-    factors, slope_log2, band, rng, threshold,
-    F: tl.constexpr, MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr,
+    dk, dv, k_tile, v_tile, q, do, q_rows, do_rows, q_stride, do_stride, lse2_at, delta_at, c, col_lo, lo, hi, M, N, bh,
+    factors, slope, band, rng, threshold, F: tl.constexpr, MASKED: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """Add the rows [lo, hi) of one head to dk and dv. All tiles are keys x rows, so that P and dS stay in registers."""
-    dims, dims_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    for m in range(lo, hi, BLOCK_M):
-        r = m + tl.arange(0, BLOCK_M)
-        valid = r < M
-        q_tile = tl.load(q_at + m * q_stride, mask=valid[:, None] & (dims < D)[None, :], other=0.0)
-        do_tile = tl.load(do_at + m * do_stride, mask=valid[:, None] & (dims_v < DV)[None, :], other=0.0)
+    """Add the rows [lo, hi) of one head to dk and dv.
+
+    Transposed, S^T, P^T and dS^T stay in registers, and the products that use them run while the next tile is
+    prepared. With rows first P and dS go through shared memory, but lse and delta take one register per row of a
+    thread, and the head dim is the long side of the products: it fills two warp groups where 64 keys do not.
+    """
+    for m in range(lo, hi, T.block_m):
+        r = m + tl.arange(0, T.block_m)
+        q_tile = _load(q + m * q_stride, q_rows, r < M, T.D, T.d1, T.d2)
+        do_tile = _load(do + m * do_stride, do_rows, r < M, T.DV, T.v1, T.v2)
         lse2, delta = tl.load(lse2_at + r), tl.load(delta_at + r)
-        qk = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M] fp32
-        dp = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION)
         kept = None
-        if F.dropout:
-            kept = keep_tile_t(rng, bh, r, col_lo, threshold, BLOCK_N)
-        p, ds = _p_and_ds(
-            qk, dp, r[None, :], cols[:, None], M, N, lse2[None, :], delta[None, :], kept, factors, slope_log2, band,
-            F, MASKED,
-        )  # fmt: skip
-        dv = tl.dot(p.to(do_tile.dtype), do_tile, dv, input_precision=PRECISION)
-        dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
+        if T.rows_first:
+            qk, dp = (
+                _inner(q_tile, k_tile, T.d2, T),
+                _inner(do_tile, v_tile, T.v2, T),
+            )  # [block_m, block_n] fp32
+            if F.dropout:
+                kept = keep_tile(rng, bh, r, col_lo, threshold, T.block_n)
+            p, ds = _p_and_ds(
+                qk, dp, r[:, None], c[None, :], M, N, lse2[:, None], delta[:, None], kept, factors, slope, band,
+                F, MASKED,
+            )  # fmt: skip
+            dv = _plus_transposed(dv, p, do_tile, T.v2, T)
+            dk = _plus_transposed(dk, ds, q_tile, T.d2, T)
+        else:
+            qk, dp = (
+                _inner(k_tile, q_tile, T.d2, T),
+                _inner(v_tile, do_tile, T.v2, T),
+            )  # [block_n, block_m] fp32
+            if F.dropout:
+                kept = keep_tile_t(rng, bh, r, col_lo, threshold, T.block_n)
+            p, ds = _p_and_ds(
+                qk, dp, r[None, :], c[:, None], M, N, lse2[None, :], delta[None, :], kept, factors, slope, band,
+                F, MASKED,
+            )  # fmt: skip
+            dv = _plus(dv, p, do_tile, T.v2, T)
+            dk = _plus(dk, ds, q_tile, T.d2, T)
     return dk, dv
 
 
@@ -117,34 +280,38 @@ def attn_bwd_dkdv(
     q, k, v, dout, dk, dv, q_strides, k_strides, v_strides, dout_strides, dk_strides, dv_strides,
     stats, stats_strides,  # (lse2, delta), their (batch, head) strides
     lengths,  # (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k): pointers or None
-    sizes,  # (max_q, max_k, query heads, query heads per kv head)
+    sizes,  # (max_q, max_k, query heads per kv head, query heads, batch, blocks, rows of a packed k)
     band,
     factors,  # of tile/score.py, then those of dk and dv
     alibi,  # (slopes or None, batch stride)
     drop,  # (rng_state or None, threshold)
-    F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr,
+    F: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """One program: dK and dV of BLOCK_N keys of one kv head. Grid: (key blocks, kv heads, batch)."""
-    # ascending key blocks are also the longest first when causal
-    block, kv_head, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    start_q, M = sequence(lengths[0], lengths[2], sizes[0], b)
-    start_k, N = _key_sequence(lengths[1], lengths[3], lengths[4], sizes[1], b)
+    """One program: dK and dV of block_n keys of one kv head. Grid: blocks * kv heads * batch, blocks fastest.
+
+    Ascending key blocks are also the longest first when causal.
+    """
+    BLOCK_M: tl.constexpr = T.block_m
+    BLOCK_N: tl.constexpr = T.block_n
+    kv_heads = sizes[3] // sizes[2]
+    kv_head, b, block, start_k, owned, N = _locate(
+        lengths[1], tl.program_id(0), sizes[5], kv_heads, sizes[4], sizes[1], sizes[6], False, BLOCK_N
+    )
     col_lo = block * BLOCK_N
-    if col_lo < N:
-        cols, dims, dims_v = col_lo + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-        k_in = (cols < N)[:, None] & (dims < D)[None, :]
-        v_in = (cols < N)[:, None] & (dims_v < DV)[None, :]
-        k_off = row_offsets(cols, start_k, b, k_strides) + kv_head * k_strides[2]
-        v_off = row_offsets(cols, start_k, b, v_strides) + kv_head * v_strides[2]
-        k_tile = tl.load(k + k_off[:, None] + dims[None, :], mask=k_in, other=0.0)
-        v_tile = tl.load(v + v_off[:, None] + dims_v[None, :], mask=v_in, other=0.0)
-        dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-        dv_acc = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    if col_lo < owned:
+        start_q, M = sequence(lengths[0], lengths[2], sizes[0], b)
+        start_k, owned, N = _used_keys(start_k, owned, N, lengths[3], lengths[4], b)
+        c = col_lo + tl.arange(0, BLOCK_N)
+        k_rows, v_rows = row_offsets(c, start_k, b, k_strides), row_offsets(c, start_k, b, v_strides)
+        k_tile = _load(k + kv_head * k_strides[2], k_rows, c < N, T.D, T.d1, T.d2)
+        v_tile = _load(v + kv_head * v_strides[2], v_rows, c < N, T.DV, T.v1, T.v2)
+        dk_acc = _zeros(BLOCK_N, T.d1, T.d2, T.rows_first)
+        dv_acc = _zeros(BLOCK_N, T.v1, T.v2, T.rows_first)
 
         lo, hi = _row_range(col_lo, tl.minimum(col_lo + BLOCK_N, N), M, N, band, F)
         full_lo, full_hi = _full_row_range(col_lo, col_lo + BLOCK_N, M, N, band, F)
         lo = tl.multiple_of(lo // BLOCK_M * BLOCK_M, BLOCK_M)
+        hi = tl.where(col_lo < N, hi, 0)  # keys that nobody uses get zeros
         # Three spans: [lo, a) masked by the right edge, [a, z) where every row sees every key, [z, hi) masked by the
         # left edge. In a key block that sticks out, all rows are masked: K is 0 there, but exp2(0 - lse2) may be inf.
         a = tl.minimum(tl.maximum(tl.cdiv(full_lo, BLOCK_M) * BLOCK_M, lo), tl.maximum(hi, lo))
@@ -157,23 +324,18 @@ def attn_bwd_dkdv(
         rng, threshold = (0, 0), drop[1]
         if F.dropout:
             rng = (tl.load(drop[0]), tl.load(drop[0] + 1))
-        steps = tl.arange(0, BLOCK_M).to(tl.int64)
-        for g in range(sizes[3]):
-            head = kv_head * sizes[3] + g
-            q_at = (
-                q + row_offsets(steps, start_q, b, q_strides)[:, None] + head * q_strides[2] + dims[None, :]
-            )
-            do_at = (
-                dout
-                + row_offsets(steps, start_q, b, dout_strides)[:, None]
-                + head * dout_strides[2]
-                + dims_v[None, :]
-            )
-            at = b * stats_strides[0] + head * stats_strides[1] + stats_start(lengths[0], start_q, b)
+        # offsets inside a tile have 32 bits (launch.py sees to it): addresses are what runs out of registers
+        steps = tl.arange(0, BLOCK_M)
+        q_rows, do_rows = steps * q_strides[1].to(tl.int32), steps * dout_strides[1].to(tl.int32)
+        for g in range(sizes[2]):
+            head = kv_head * sizes[2] + g
+            q_at = q + b * q_strides[0] + start_q * q_strides[1] + head * q_strides[2]
+            do_at = dout + b * dout_strides[0] + start_q * dout_strides[1] + head * dout_strides[2]
+            at = b * stats_strides[0] + head * stats_strides[1] + _stats_start(lengths[0], start_q, b)
             lse2_at, delta_at = tl.multiple_of(stats[0] + at, 16), tl.multiple_of(stats[1] + at, 16)  # bytes
-            slope_log2 = 0.0
+            slope = 0.0
             if F.alibi:
-                slope_log2 = tl.load(alibi[0] + b * alibi[1] + head) * LOG2E
+                slope = tl.load(alibi[0] + b * alibi[1] + head) * LOG2E
             for span in tl.static_range(3 if F.left else 2):
                 if span == 0:
                     m0, m1 = lo, a
@@ -182,77 +344,112 @@ def attn_bwd_dkdv(
                 else:
                     m0, m1 = z, hi
                 dk_acc, dv_acc = _over_rows(
-                    dk_acc, dv_acc, k_tile, v_tile, q_at, do_at, q_strides[1], dout_strides[1], lse2_at, delta_at,
-                    cols, col_lo, m0, m1, M, N, b * sizes[2] + head, factors, slope_log2, band, rng, threshold,
-                    F, span != 1, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, D, DV, PRECISION,
+                    dk_acc, dv_acc, k_tile, v_tile, q_at, do_at, q_rows, do_rows,
+                    q_strides[1], dout_strides[1], lse2_at, delta_at, c, col_lo, m0, m1, M, N, b * sizes[3] + head,
+                    factors, slope, band, rng, threshold, F, span != 1, T,
                 )  # fmt: skip
 
-        dk_off = row_offsets(cols, start_k, b, dk_strides) + kv_head * dk_strides[2]
-        dv_off = row_offsets(cols, start_k, b, dv_strides) + kv_head * dv_strides[2]
-        tl.store(
-            dk + dk_off[:, None] + dims[None, :], (dk_acc * factors[2]).to(dk.dtype.element_ty), mask=k_in
-        )
-        tl.store(
-            dv + dv_off[:, None] + dims_v[None, :], (dv_acc * factors[3]).to(dv.dtype.element_ty), mask=v_in
-        )
+        dk_rows, dv_rows = row_offsets(c, start_k, b, dk_strides), row_offsets(c, start_k, b, dv_strides)
+        dk += kv_head * dk_strides[2]
+        dv += kv_head * dv_strides[2]
+        _store(dk, dk_rows, c < owned, dk_acc, factors[2], T.D, T.d1, T.d2, T.rows_first)
+        _store(dv, dv_rows, c < owned, dv_acc, factors[3], T.DV, T.v1, T.v2, T.rows_first)
 
 
 @triton.jit
 def _over_keys(
-    dq, q_tile, do_tile, k_at, v_at, k_stride, v_stride, lse2, delta, r, lo, hi, M, N, bh,
-    factors, slope_log2, band, rng, threshold,
-    F: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr,
+    dq, q_tile, do_tile, k, v, k_rows, v_rows, k_stride, v_stride, lse2, delta, r, lo, hi, M, N, bh,
+    factors, slope, band, rng, threshold, F: tl.constexpr, MASKED: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """Add the keys [lo, hi) to dq."""
-    dims, dims_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    for n in range(lo, hi, BLOCK_N):
-        c = n + tl.arange(0, BLOCK_N)
-        valid = c < N
-        k_tile = tl.load(k_at + n * k_stride, mask=valid[:, None] & (dims < D)[None, :], other=0.0)
-        v_tile = tl.load(v_at + n * v_stride, mask=valid[:, None] & (dims_v < DV)[None, :], other=0.0)
-        qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N] fp32
-        dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
+    for n in range(lo, hi, T.block_n):
+        c = n + tl.arange(0, T.block_n)
+        k_tile = _load(k + n * k_stride, k_rows, c < N, T.D, T.d1, T.d2)
+        v_tile = _load(v + n * v_stride, v_rows, c < N, T.DV, T.v1, T.v2)
+        qk = _inner(q_tile, k_tile, T.d2, T)  # [block_m, block_n] fp32
+        dp = _inner(do_tile, v_tile, T.v2, T)
         kept = None
         if F.dropout:
-            kept = keep_tile(rng, bh, r, n, threshold, BLOCK_N)
+            kept = keep_tile(rng, bh, r, n, threshold, T.block_n)
         p, ds = _p_and_ds(
-            qk, dp, r[:, None], c[None, :], M, N, lse2[:, None], delta[:, None], kept, factors, slope_log2, band,
-            F, MASKED,
+            qk, dp, r[:, None], c[None, :], M, N, lse2[:, None], delta[:, None], kept, factors, slope, band, F, MASKED
         )  # fmt: skip
-        dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
+        dq = _plus(dq, ds, k_tile, T.d2, T)
     return dq
 
 
 @triton.jit
+def _statistics(out, do_tile, out_strides, lse, dlse, lse_strides, start, head, b, r, M, T: tl.constexpr):
+    """(lse in base 2, rowsum(dO * O) - dLSE) of rows r.
+
+    lse2 is +inf in a row that sees no key, whichever infinity came, and behind the last row: exp2(s - inf) = 0.
+    """
+    o_tile = _load(out, row_offsets(r, start, b, out_strides), r < M, T.DV, T.v1, T.v2)
+    delta = tl.sum(o_tile[0].to(tl.float32) * do_tile[0].to(tl.float32), 1)
+    if T.v2 > 0:
+        delta += tl.sum(o_tile[1].to(tl.float32) * do_tile[1].to(tl.float32), 1)
+    row = (start + r).to(tl.int64)
+    at = b * lse_strides[0][0] + head * lse_strides[0][1] + row * lse_strides[0][2]
+    lse2 = tl.load(lse + at, mask=r < M, other=float("inf")) * LOG2E
+    if dlse is not None:
+        at = b * lse_strides[1][0] + head * lse_strides[1][1] + row * lse_strides[1][2]
+        delta -= tl.load(dlse + at, mask=r < M, other=0.0)
+    return tl.where(lse2 == float("-inf"), float("inf"), lse2), delta
+
+
+@triton.jit
 def attn_bwd_dq(
-    q, k, v, dout, dq, q_strides, k_strides, v_strides, dout_strides, dq_strides,
-    stats, stats_strides, lengths, sizes, band, factors, alibi, drop,  # as for attn_bwd_dkdv
-    F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, v, out, dout, dq, q_strides, k_strides, v_strides, out_strides, dout_strides, dq_strides,
+    lse, dlse, lse_strides,  # natural log; dlse may be None; ((batch, head, row) strides of each)
+    sink, dsink,  # (H,) logits or None; room for one partial sum per program
+    keep_share,  # 1 - dropout_p
+    stats, stats_strides, lengths,
+    sizes,  # (max_q, max_k, query heads per kv head, query heads, batch, blocks, rows of a packed q)
+    band, factors, alibi, drop,  # as for attn_bwd_dkdv
+    F: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """One program: dQ of BLOCK_M rows of one query head. Grid: (row blocks, query heads, batch)."""
-    block, head, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    if F.right:  # the last rows see the most keys: longest first
-        block = tl.num_programs(0) - 1 - block
-    start_q, M = sequence(lengths[0], lengths[2], sizes[0], b)
-    start_k, N = _key_sequence(lengths[1], lengths[3], lengths[4], sizes[1], b)
+    """One program: dQ of block_m rows of one query head. Grid: blocks * query heads * batch, blocks fastest."""
+    BLOCK_M: tl.constexpr = T.block_m
+    BLOCK_N: tl.constexpr = T.block_n
+    # the last rows see the most keys: longest first
+    head, b, block, start_q, owned, M = _locate(
+        lengths[0], tl.program_id(0), sizes[5], sizes[3], sizes[4], sizes[0], sizes[6], F.right, BLOCK_M
+    )
     row_lo = block * BLOCK_M
-    if row_lo < M:
-        r, dims, dims_v = row_lo + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-        valid = r < M
-        q_in = valid[:, None] & (dims < D)[None, :]
-        q_off = row_offsets(r, start_q, b, q_strides) + head * q_strides[2]
-        do_off = row_offsets(r, start_q, b, dout_strides) + head * dout_strides[2]
-        q_tile = tl.load(q + q_off[:, None] + dims[None, :], mask=q_in, other=0.0)
-        do_tile = tl.load(
-            dout + do_off[:, None] + dims_v[None, :], mask=valid[:, None] & (dims_v < DV)[None, :], other=0.0
+    if row_lo < owned:
+        if lengths[2] is not None:
+            M = tl.minimum(M, tl.load(lengths[2] + b))
+        start_k, N = sequence(lengths[1], None, sizes[1], b)
+        start_k, _, N = _used_keys(start_k, N, N, lengths[3], lengths[4], b)
+        r = row_lo + tl.arange(0, BLOCK_M)
+        q_rows, do_rows = row_offsets(r, start_q, b, q_strides), row_offsets(r, start_q, b, dout_strides)
+        q_tile = _load(q + head * q_strides[2], q_rows, r < M, T.D, T.d1, T.d2)
+        do_tile = _load(dout + head * dout_strides[2], do_rows, r < M, T.DV, T.v1, T.v2)
+        lse2, delta = _statistics(
+            out + head * out_strides[2],
+            do_tile,
+            out_strides,
+            lse,
+            dlse,
+            lse_strides,
+            start_q,
+            head,
+            b,
+            r,
+            M,
+            T,
         )
-        at = b * stats_strides[0] + head * stats_strides[1] + stats_start(lengths[0], start_q, b)
-        lse2, delta = tl.load(stats[0] + at + r), tl.load(stats[1] + at + r)
-        slope_log2 = 0.0
+        if row_lo < M:
+            if sink is not None:
+                share = tl.math.exp2(tl.load(sink + head).to(tl.float32) * LOG2E - lse2)
+                tl.store(dsink + tl.program_id(0), -tl.sum(share * delta, 0))
+            delta *= keep_share  # the other factors of dropout are applied to whole gradients at the end
+            at = b * stats_strides[0] + head * stats_strides[1] + _stats_start(lengths[0], start_q, b)
+            tl.store(stats[0] + at + r, lse2)
+            tl.store(stats[1] + at + r, delta)
+        slope = 0.0
         if F.alibi:
-            slope_log2 = tl.load(alibi[0] + b * alibi[1] + head) * LOG2E
+            slope = tl.load(alibi[0] + b * alibi[1] + head) * LOG2E
         rng, threshold = (0, 0), drop[1]
         if F.dropout:
             rng = (tl.load(drop[0]), tl.load(drop[0] + 1))
@@ -261,16 +458,16 @@ def attn_bwd_dq(
         lo, hi = key_range(row_lo, row_hi, M, N, band, F)
         full_lo, full_hi = full_range(row_lo, row_hi, M, N, band, F)
         lo = lo // BLOCK_N * BLOCK_N
+        hi = tl.where(row_lo < M, hi, 0)  # rows that nobody uses get zeros
         # three spans: [lo, a) masked by the left edge, [a, z) visible to all rows, [z, hi) masked by the right edge
         a = tl.minimum(tl.maximum(tl.cdiv(full_lo, BLOCK_N) * BLOCK_N, lo), tl.maximum(hi, lo))
         z = tl.minimum(tl.maximum(full_hi // BLOCK_N * BLOCK_N, a), tl.maximum(hi, a))
-        kv_head = head // sizes[3]
-        steps = tl.arange(0, BLOCK_N).to(tl.int64)
-        k_at = k + row_offsets(steps, start_k, b, k_strides)[:, None] + kv_head * k_strides[2] + dims[None, :]
-        v_at = (
-            v + row_offsets(steps, start_k, b, v_strides)[:, None] + kv_head * v_strides[2] + dims_v[None, :]
-        )
-        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        kv_head = head // sizes[2]
+        steps = tl.arange(0, BLOCK_N)
+        k_rows, v_rows = steps * k_strides[1].to(tl.int32), steps * v_strides[1].to(tl.int32)
+        k_at = k + b * k_strides[0] + start_k * k_strides[1] + kv_head * k_strides[2]
+        v_at = v + b * v_strides[0] + start_k * v_strides[1] + kv_head * v_strides[2]
+        acc = _zeros(BLOCK_M, T.d1, T.d2, False)
         for span in tl.static_range(0 if F.left else 1, 3):
             if span == 0:
                 n0, n1 = lo, a
@@ -279,9 +476,9 @@ def attn_bwd_dq(
             else:
                 n0, n1 = z, hi
             acc = _over_keys(
-                acc, q_tile, do_tile, k_at, v_at, k_strides[1], v_strides[1], lse2, delta, r, n0, n1, M, N,
-                b * sizes[2] + head, factors, slope_log2, band, rng, threshold,
-                F, span != 1, BLOCK_N, BLOCK_D, BLOCK_DV, D, DV, PRECISION,
+                acc, q_tile, do_tile, k_at, v_at, k_rows, v_rows, k_strides[1], v_strides[1],
+                lse2, delta, r, n0, n1, M, N, b * sizes[3] + head, factors, slope, band, rng, threshold,
+                F, span != 1, T,
             )  # fmt: skip
-        dq_off = row_offsets(r, start_q, b, dq_strides) + head * dq_strides[2]
-        tl.store(dq + dq_off[:, None] + dims[None, :], (acc * factors[2]).to(dq.dtype.element_ty), mask=q_in)
+        dq_rows = row_offsets(r, start_q, b, dq_strides)
+        _store(dq + head * dq_strides[2], dq_rows, r < owned, acc, factors[2], T.D, T.d1, T.d2, False)

@@ -5,12 +5,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flash_attn.backward.kernel import Features, attn_bwd_dkdv, attn_bwd_dq
-from flash_attn.backward.preprocess import PAD, attn_bwd_preprocess, zero_tail
+from flash_attn.backward.kernel import PAD, Features, Tiling, attn_bwd_dkdv, attn_bwd_dq
+from flash_attn.forward.launch import precision
 from flash_attn.problem import Gradients, Operands, Problem
 from flash_attn.reference.dropout import threshold
 from flash_attn.tile.score import factors
-from flash_attn.tuning.backward import backward_config
+from flash_attn.tuning.backward import backward_config, cut
 from flash_attn.tuning.config import BwdConfig
 from flash_attn.utils.launcher import launch
 
@@ -51,12 +51,9 @@ def _row_strides(x: Tensor | None) -> tuple[int, int, int]:
     return (s[0], s[1], s[2]) if x.dim() == 3 else (0, s[0], s[1])
 
 
-def _block(dim: int) -> int:
-    return max(16, 1 << (dim - 1).bit_length())
-
-
-def _contiguous_rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _readable(x: Tensor) -> Tensor:
+    """x, copied where its last dimension is not contiguous or a tile of rows would span 2^31 elements."""
+    return x if x.stride(-1) == 1 and x.stride(-3) < 2**24 else x.contiguous()
 
 
 def cdiv(a: int, b: int) -> int:
@@ -64,112 +61,84 @@ def cdiv(a: int, b: int) -> int:
 
 
 class Statistics(NamedTuple):
-    lse2: (
-        Tensor  # base-2 lse, +inf where a row sees no key; (B, H, rows) or packed (H, rows) fp32, rows padded
-    )
-    delta: Tensor  # (1 - dropout_p) * (rowsum(dout * out) - dlse), same shape
-    dsink: Tensor | None  # partial sums (H, B, row blocks)
+    """What attn_bwd_dq finds out about rows: (B, H, rows) or packed (H, rows) fp32, rows padded to whole blocks."""
+
+    lse2: Tensor  # base-2 lse, +inf where a row sees no key
+    delta: Tensor  # (1 - dropout_p) * (rowsum(dout * out) - dlse)
 
 
-PREPROCESS_ROWS = PAD.value
+def statistics(problem: Problem, lse: Tensor) -> Statistics:
+    pad = PAD.value
+    rows = lse.shape[-1] + (pad * problem.batch if problem.varlen_q else 0)
+    shape = (2, *lse.shape[:-1], cdiv(rows, pad) * pad)
+    return Statistics(*torch.empty(shape, dtype=torch.float32, device=lse.device).unbind())
 
 
-def plan_preprocess(
-    problem: Problem,
-    ops: Operands,
-    out: Tensor,
-    lse: Tensor,
-    dout: Tensor,
-    dlse: Tensor | None,
-    stats: Statistics,
-) -> Launch:
-    blocks = cdiv(problem.max_q, PREPROCESS_ROWS)
-    partial = stats.dsink
-    args = (
-        out, dout, _strides(out), _strides(dout),
-        (lse, dlse, stats.lse2, stats.delta), (_row_strides(lse), _row_strides(dlse), _row_strides(stats.lse2)),
-        (ops.cu_seqlens_q, ops.seqused_q), problem.max_q, 1.0 - problem.dropout_p,
-        ops.sink, partial, (0, 0) if partial is None else partial.stride()[:2],
-    )  # fmt: skip
-    constants = dict(BLOCK_M=PREPROCESS_ROWS, BLOCK_DV=_block(problem.head_dim_v), DV=problem.head_dim_v)
-    return Launch(attn_bwd_preprocess, (blocks, problem.heads, problem.batch), args, constants, 8, 1)
+def grid(packed: bool, total: int, longest: int, block: int, heads: int, batch: int) -> tuple[int, int]:
+    """(blocks of a head, programs); `total` is the number of rows of a packed tensor, see `rows.packed_tile`."""
+    if packed:
+        blocks = total // block + batch + 1
+        return blocks, blocks * heads
+    blocks = cdiv(longest, block)
+    return blocks, blocks * heads * batch
 
 
-def _common(problem: Problem, ops: Operands, stats: Statistics) -> tuple[tuple, dict]:
-    """(arguments after the tensors and their strides, constants but for the tile) of both kernels."""
+def _common(
+    problem: Problem, ops: Operands, stats: Statistics, sizes: tuple, tile: BwdConfig
+) -> tuple[tuple, dict]:
+    """(the last run-time arguments, constants) of both kernels."""
     slopes = ops.alibi_slopes
-    inner, outer = factors(problem.scale, problem.softcap)
     rescale = 1.0 / (1.0 - problem.dropout_p)
     args = (
         (stats.lse2, stats.delta), _row_strides(stats.lse2)[:2],
         (ops.cu_seqlens_q, ops.cu_seqlens_k, ops.seqused_q, ops.seqused_k, ops.leftpad_k),
-        (problem.max_q, problem.max_k, problem.heads, problem.group),
+        (problem.max_q, problem.max_k, problem.group, problem.heads, problem.batch, *sizes),
         (problem.left or 0, problem.right or 0),
-        (inner, outer, problem.scale * rescale, rescale),
+        (*factors(problem.scale, problem.softcap), problem.scale * rescale, rescale),
         (slopes, 0 if slopes is None or slopes.dim() == 1 else slopes.stride(0)),
         (ops.rng_state if problem.dropout_p else None, threshold(problem.dropout_p)),
     )  # fmt: skip
-    exact = problem.dtype is not torch.float32 or not torch.backends.cuda.matmul.allow_tf32
     features = (problem.left is not None, problem.right is not None, problem.softcap > 0, problem.alibi)
-    constants = dict(
-        F=Features(*features, problem.dropout_p > 0),
-        BLOCK_D=_block(problem.head_dim), BLOCK_DV=_block(problem.head_dim_v),
-        D=problem.head_dim, DV=problem.head_dim_v, PRECISION="ieee" if exact else "tf32",
+    (d1, d2), (v1, v2) = cut(problem.head_dim), cut(problem.head_dim_v)
+    tiling = Tiling(
+        block_m=tile.block_m, block_n=tile.block_n, D=problem.head_dim, DV=problem.head_dim_v,
+        d1=d1, d2=d2, v1=v1, v2=v2, rows_first=tile.rows_first, precision=precision(problem.dtype),
     )  # fmt: skip
-    return args, constants
+    return args, dict(F=Features(*features, problem.dropout_p > 0), T=tiling)
 
 
-def _with_tile(constants: dict, tile: BwdConfig) -> dict:
-    return {"F": constants["F"], "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n} | constants
+def plan_dq(
+    problem: Problem, ops: Operands, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, stats: Statistics,
+    dq: Tensor, dsink: Tensor | None, tile: BwdConfig,
+) -> Launch:  # fmt: skip
+    blocks, programs = dq_grid(problem, ops, tile)
+    args, constants = _common(problem, ops, stats, (blocks, ops.q.shape[0]), tile)
+    tensors = (ops.q, ops.k, ops.v, out, dout, dq)
+    rows = (lse, dlse, (_row_strides(lse), _row_strides(dlse)), ops.sink, dsink, 1.0 - problem.dropout_p)
+    return Launch(
+        attn_bwd_dq,
+        (programs, 1, 1),
+        (*tensors, *map(_strides, tensors), *rows, *args),
+        constants,
+        *tile[2:4],
+    )
+
+
+def dq_grid(problem: Problem, ops: Operands, tile: BwdConfig) -> tuple[int, int]:
+    return grid(problem.varlen_q, ops.q.shape[0], problem.max_q, tile.block_m, problem.heads, problem.batch)
 
 
 def plan_dkdv(
     problem: Problem, ops: Operands, dout: Tensor, stats: Statistics, dk: Tensor, dv: Tensor, tile: BwdConfig
 ) -> Launch:
-    args, constants = _common(problem, ops, stats)
+    blocks, programs = grid(
+        problem.varlen_k, ops.k.shape[0], problem.max_k, tile.block_n, problem.kv_heads, problem.batch
+    )
+    args, constants = _common(problem, ops, stats, (blocks, ops.k.shape[0]), tile)
     tensors = (ops.q, ops.k, ops.v, dout, dk, dv)
-    grid = (cdiv(problem.max_k, tile.block_n), problem.kv_heads, problem.batch)
     return Launch(
-        attn_bwd_dkdv,
-        grid,
-        (*tensors, *map(_strides, tensors), *args),
-        _with_tile(constants, tile),
-        *tile[2:],
+        attn_bwd_dkdv, (programs, 1, 1), (*tensors, *map(_strides, tensors), *args), constants, *tile[2:4]
     )
-
-
-def plan_dq(
-    problem: Problem, ops: Operands, dout: Tensor, stats: Statistics, dq: Tensor, tile: BwdConfig
-) -> Launch:
-    args, constants = _common(problem, ops, stats)
-    tensors = (ops.q, ops.k, ops.v, dout, dq)
-    grid = (cdiv(problem.max_q, tile.block_m), problem.heads, problem.batch)
-    return Launch(
-        attn_bwd_dq, grid, (*tensors, *map(_strides, tensors), *args), _with_tile(constants, tile), *tile[2:]
-    )
-
-
-def statistics(problem: Problem, lse: Tensor) -> Statistics:
-    """Room for the statistics of all rows."""
-    pad = PREPROCESS_ROWS
-    rows = lse.shape[-1] + (pad * problem.batch if problem.varlen_q else 0)
-    shape = (2, *lse.shape[:-1], cdiv(rows, pad) * pad)
-    lse2, delta = torch.empty(shape, dtype=torch.float32, device=lse.device).unbind()
-    if not problem.sink:
-        return Statistics(lse2, delta, None)
-    blocks = cdiv(problem.max_q, PREPROCESS_ROWS)
-    partial = torch.zeros((problem.heads, problem.batch, blocks), dtype=torch.float32, device=lse.device)
-    return Statistics(lse2, delta, partial)
-
-
-def _clear_unused(x: Tensor, cu_seqlens: Tensor | None, partly_used: bool, problem: Problem) -> None:
-    """Zero the rows of a gradient that the kernels do not write."""
-    if partly_used:
-        x.zero_()
-    elif cu_seqlens is not None:
-        constants = dict(BLOCK_M=16, BLOCK_D=_block(x.shape[-1]), D=x.shape[-1])
-        args = (x, (0, *x.stride()[:2]), cu_seqlens, problem.batch, x.shape[0])
-        launch(zero_tail, (16, x.shape[1], 1), args, constants, 4, 1, problem)
 
 
 def backward(
@@ -187,21 +156,24 @@ def backward(
     belong to a larger softmax than this call's. Every gradient is bitwise reproducible.
     """
     assert supports(problem) is None, supports(problem)
-    out, dout = _contiguous_rows(out), _contiguous_rows(dout)
+    out, dout = _readable(out), _readable(dout)
+    ops = ops._replace(q=_readable(ops.q), k=_readable(ops.k), v=_readable(ops.v))
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) if y is None else y
                   for x, y in zip((ops.q, ops.k, ops.v), into, strict=True))  # fmt: skip
-    stats = statistics(problem, lse)
-    _clear_unused(dq, ops.cu_seqlens_q, problem.seqused_q, problem)
-    for x in (dk, dv):
-        _clear_unused(x, ops.cu_seqlens_k, problem.seqused_k or problem.leftpad, problem)
+    if problem.leftpad:
+        for x in (dk, dv):
+            x.zero_()  # nobody owns the rows before the first key
     tile_dkdv, tile_dq = backward_config(problem)
+    assert tile_dkdv.block_m <= tile_dq.block_m, "rows that attn_bwd_dq does not reach have no statistics"
+    stats, dsink = statistics(problem, lse), None
+    if problem.sink:
+        blocks, programs = dq_grid(problem, ops, tile_dq)
+        dsink = torch.zeros((programs // (problem.heads * blocks), problem.heads, blocks), device=lse.device)
     for step in (
-        plan_preprocess(problem, ops, out, lse, dout, dlse, stats),
+        plan_dq(problem, ops, out, lse, dout, dlse, stats, dq, dsink, tile_dq),
         plan_dkdv(problem, ops, dout, stats, dk, dv, tile_dkdv),
-        plan_dq(problem, ops, dout, stats, dq, tile_dq),
     ):
         launch(step.kernel, step.grid, step.args, step.constants, step.num_warps, step.num_stages, problem)
-    dsink = None
-    if stats.dsink is not None and ops.sink is not None:
-        dsink = stats.dsink.sum((1, 2)).to(ops.sink.dtype)
+    if dsink is not None and ops.sink is not None:
+        dsink = dsink.sum((0, 2)).to(ops.sink.dtype)
     return Gradients(dq, dk, dv, dsink)

@@ -31,18 +31,27 @@ def backward_config(problem: Problem) -> tuple[BwdConfig, BwdConfig]:
     return _lookup(problem._replace(batch=0, scale=0.0), devices.info())
 
 
-def _padded(dim: int) -> int:
-    return max(16, 1 << (dim - 1).bit_length())
+def cut(dim: int) -> tuple[int, int]:
+    """Two power-of-two tiles that cover a head dimension: (first, second or 0).
+
+    From 129 on there are two, so that 192 is 128 + 64 and 256 has half as many row addresses to keep in registers.
+    The second has at least 64 columns, the least that Hopper's matrix units take as rows of a product.
+    """
+    whole = max(16, 1 << (dim - 1).bit_length())
+    if whole < 256:
+        return whole, 0
+    first = whole // 2
+    return first, max(64, 1 << (dim - first - 1).bit_length())
 
 
 def shared_memory(config: BwdConfig, problem: Problem, direction: str) -> int:
     """Bytes of shared memory: K and V (dkdv) or Q and dO (dq) of the program, and `num_stages` of the other two."""
-    dims = _padded(problem.head_dim) + _padded(problem.head_dim_v)
+    dims = sum(cut(problem.head_dim) + cut(problem.head_dim_v))
     own, streamed = config.block_n, config.block_m
     if direction == "dq":
         own, streamed = streamed, own
-    scratch = 4 * config.block_m * config.block_n  # a tile that changes its layout
-    return problem.dtype.itemsize * dims * (own + config.num_stages * streamed) + scratch
+    scratch = config.block_m * config.block_n if config.rows_first else 0  # P or dS
+    return problem.dtype.itemsize * (dims * (own + config.num_stages * streamed) + scratch) + 1024
 
 
 def _fit(config: BwdConfig, problem: Problem, device: DeviceInfo, direction: str) -> BwdConfig:
@@ -68,12 +77,14 @@ def _lookup(problem: Problem, device: DeviceInfo | None) -> tuple[BwdConfig, Bwd
     for direction, guess in zip(("dkdv", "dq"), rule(problem, device), strict=True):
         row = nearest(problem, device, direction)
         found.append(_fit(guess if row is None else BwdConfig(**row["config"]), problem, device, direction))
-    return found[0], found[1]
+    dkdv, dq = found
+    # attn_bwd_dkdv reads statistics of whole blocks of rows, which attn_bwd_dq must have written
+    return dkdv._replace(block_m=min(dkdv.block_m, dq.block_m)), dq
 
 
 def rule(problem: Problem, device: DeviceInfo) -> tuple[BwdConfig, BwdConfig]:
     """Tiles for what was never measured."""
-    D = max(_padded(problem.head_dim), _padded(problem.head_dim_v))
+    D = max(sum(cut(problem.head_dim)), sum(cut(problem.head_dim_v)))
     if problem.dtype.itemsize == 4:
         # no matrix unit takes ieee fp32: the operands of a product live in registers
         side = 32 if D <= 128 else 16
@@ -83,5 +94,5 @@ def rule(problem: Problem, device: DeviceInfo) -> tuple[BwdConfig, BwdConfig]:
     if D <= 128:
         return BwdConfig(64, 128, 8, 2), BwdConfig(128, 64, 8, 2)
     if D <= 256:
-        return BwdConfig(64, 64, 8, 1), BwdConfig(64, 64, 8, 1)
+        return BwdConfig(128, 64, 8, 1, rows_first=True), BwdConfig(128, 64, 8, 1)
     return BwdConfig(32, 32, 8, 1), BwdConfig(32, 32, 8, 1)

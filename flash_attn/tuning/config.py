@@ -13,6 +13,7 @@ class FwdConfig(NamedTuple):
     block_n: int  # keys of a step
     num_warps: int
     num_stages: int
+    split: bool = False  # a loop of its own for the tiles of keys that every row sees whole
 
 
 class BwdConfig(NamedTuple):
@@ -22,6 +23,7 @@ class BwdConfig(NamedTuple):
     block_n: int
     num_warps: int
     num_stages: int
+    rows_first: bool = False  # dK/dV only: hold the scores as rows x keys, not keys x rows
 
 
 def pieces(dim: int) -> tuple[int, int]:
