@@ -37,8 +37,8 @@ __all__ = [
 ]
 
 
-def warmup(*args, **kwargs):
-    """Compile the kernels of problems ahead of their first call; see `flash_attn.utils.example.warmup`."""
-    from flash_attn.utils.example import warmup as compile_now
+def warmup(problems, backward=False):
+    """Compile the kernels of each `Problem` ahead of its first call; see `flash_attn.utils.example.warmup`."""
+    from flash_attn.utils.example import warmup as run_once  # not needed to import the package
 
-    return compile_now(*args, **kwargs)
+    run_once(problems, backward)

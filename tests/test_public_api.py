@@ -53,6 +53,19 @@ def test_version_and_exports():
         assert getattr(flash_attn_interface, name) is getattr(flash_attn, name)
 
 
+def test_warmup_runs_each_problem_once(monkeypatch):
+    from flash_attn.backends import cpu
+
+    seen = []
+    forward = cpu.forward
+    monkeypatch.setattr(cpu, "forward", lambda problem, ops: seen.append(problem) or forward(problem, ops))
+    problems = [cases.Case("a").problem(), cases.Case("b", causal=True).problem()]
+    flash_attn.warmup(problems, backward=True)
+    assert seen == problems
+    with pytest.raises(flash_attn.ArgumentTypeError, match="must hold Problem, got str"):
+        flash_attn.warmup(["a"])
+
+
 @pytest.mark.usefixtures("reference_backend")
 class TestCalls:
     """What the functions give, on the oracle, so that only the way to a backend is tested here."""
