@@ -1,10 +1,12 @@
 """Attention of few query rows over many keys: bound by the bandwidth of reading K and V, so the keys are split.
 
 The query heads that share a key/value head and their queries form the rows of one tile (row r is query r // GROUP,
-head r % GROUP), so every key is read once. A program folds one span of the keys; `forward/split.py` merges spans.
+head r % GROUP), so every key is read once. A program folds one span of the keys;
+`forward/split.py` merges the spans.
 """
 
-import torch
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,24 +20,32 @@ from flash_attn.utils import device, launcher
 
 sequence, row_offsets, load_rows = rows.sequence, rows.row_offsets, rows.load
 key_range, keep = mask.key_range, mask.keep
-logits, LOG2E = score.logits, score.LOG2E
+capped, biased, LOG2E = score.capped, score.biased, score.LOG2E
 update, finish = softmax.update, softmax.finish
 
 
 @triton.jit
 def attn_decode(
-    q, k, v, out, lse, q_strides, k_strides, v_strides, out_strides, lse_strides, split_strides,
+    q, k, v, out, lse, q_strides, k_strides, v_strides, out_strides, lse_strides,
+    span_strides,  # from span to span: rows of out, entries of lse
     lengths,  # (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k, cache_batch_idx): pointers or None
     paging,  # (block_table or None, its row stride)
     sizes,  # (max_q, max_k, kv heads, spans, row blocks)
     band, factors, alibi_slopes, alibi_stride, sink,
-    F: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    F: tl.constexpr, SPLIT: tl.constexpr, GROUP: tl.constexpr,
+    PAGE: tl.constexpr, ALIGNED: tl.constexpr, TWINS: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program folds one span of the keys of one kv head into BLOCK_M rows, and writes them normalised.
+    """One program folds one span of the keys of one kv head into BLOCK_M rows.
+
+    It writes out and lse; or, when SPLIT, the numerator of out to `out` and the base-2 maximum and the sum to `lse`,
+    which holds the maxima of all spans and then the sums: `forward/split.py` merges them.
+    PAGE is the page size, 0 without pages; ALIGNED: every tile of keys is whole pages, or lies inside one.
+    TWINS: k and v have the same strides, so one offset of a key serves both.
 
     Grid: kv heads x spans x row blocks x sequences in one dimension, kv heads fastest: programs that run together
-    read neighbouring memory. Strides are (batch, seq, head), of lse (batch, head), of a span (out, lse).
+    read neighbouring memory. Strides are (batch, seq, head), of lse (batch, head).
     """
     cu_q, cu_k, used_q, used_k, leftpad, batch_idx = lengths
     max_q, max_k, kv_heads, spans, row_blocks = sizes
@@ -86,55 +96,104 @@ def attn_decode(
         l = tl.where(span == 0, 1.0, l)
     k += head * k_strides[2]
     v += head * v_strides[2]
-    at = first + n0 + tl.arange(0, BLOCK_N)
-    page = page_of(paging, b, at, first + n1, PAGE)
+    in_tile = tl.arange(0, BLOCK_N)
+    # the part of the offsets of a tile that the loop does not change
+    if ALIGNED:
+        k_rows = (in_tile % PAGE).to(tl.int64) * k_strides[1]
+        v_rows = (in_tile % PAGE).to(tl.int64) * v_strides[1]
+    else:
+        k_rows = row_offsets(first + in_tile, 0, cache_row, k_strides)
+        v_rows = row_offsets(first + in_tile, 0, cache_row, v_strides)
+    page = page_of(paging, b, first + n0, first + n1, PAGE, BLOCK_N, ALIGNED)
     # one loop with a mask, not a masked and an unmasked one: a second pipeline would have to fill again
     for n in tl.range(n0, n1, BLOCK_N, num_stages=STAGES):
-        cols = n + tl.arange(0, BLOCK_N)
-        at = first + cols
+        cols = n + in_tile
         valid = cols < n1
         if PAGE:
             # the pages of the next tile, a tile ahead: were they looked up with the loads that need them, Triton
             # would give half of its pipeline to the table
-            here, page = page, page_of(paging, b, at + BLOCK_N, first + n1, PAGE)
-            k_off, v_off = paged_offsets(here, at, k_strides, PAGE), paged_offsets(here, at, v_strides, PAGE)
+            here, page = page, page_of(paging, b, first + n + BLOCK_N, first + n1, PAGE, BLOCK_N, ALIGNED)
+            here = here.to(tl.int64)
+            if ALIGNED:
+                inside = n % PAGE if PAGE > BLOCK_N else 0
+                k_off = here * k_strides[0] + inside * k_strides[1] + k_rows
+                v_off = here * v_strides[0] + inside * v_strides[1] + v_rows
+            else:
+                slot = (first + cols) % PAGE
+                k_off = here * k_strides[0] + slot * k_strides[1]
+                v_off = here * v_strides[0] + slot * v_strides[1]
         else:
-            k_off, v_off = row_offsets(at, 0, cache_row, k_strides), row_offsets(at, 0, cache_row, v_strides)
+            k_off, v_off = n * k_strides[1] + k_rows, n * v_strides[1] + v_rows  # strides are 64 bits wide
+        if TWINS:
+            v_off = k_off
         k_tile = load_rows(k, k_off, valid, dims, D, BLOCK_D <= D, True)
         qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=F.precision)  # [BLOCK_M, BLOCK_N] fp32
-        s = logits(qk, i[:, None], cols[None, :], M, N, factors[0], factors[1], slope, F)
+        x = capped(qk, factors[0], F)
+        outer = factors[1]
+        if F.alibi or not F.positive:
+            x = biased(x, outer, i[:, None], cols[None, :], M, N, slope, F)
+            outer = 1.0
         ok = valid[None, :] & keep(i[:, None], cols[None, :], M, N, band, F)
-        m, l, p, rescale = update(m, l, tl.where(ok, s, float("-inf")), 1.0, True)
+        m, l, p, rescale = update(m, l, tl.where(ok, x, float("-inf")), outer, True)
         v_tile = load_rows(v, v_off, valid, dims_v, DV, BLOCK_DV <= DV, True)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * rescale[:, None], input_precision=F.precision)
 
-    inv, row_lse = finish(m, l)
-    o_off = (
-        row_offsets(i, start_q, b, out_strides)
-        + heads * out_strides[2]
-        + span.to(tl.int64) * split_strides[0]
-    )
-    o_tile = tl.where(seen[:, None], acc * inv[:, None], 0.0).to(out.dtype.element_ty)
+    lse += b.to(tl.int64) * lse_strides[0] + start_q + span.to(tl.int64) * span_strides[1]
+    lse_off = heads * lse_strides[1] + i
+    if SPLIT:
+        tile = tl.where(seen[:, None], acc, 0.0)
+        # the sum apart from the maximum: in one lse, its rounding would be an error of every weight of the merge
+        tl.store(lse + lse_off, tl.where(seen, m, float("-inf")), mask=i < owned)
+        tl.store(lse + lse_off + spans * span_strides[1], tl.where(seen, l, 0.0), mask=i < owned)
+    else:
+        inv, row_lse = finish(m, l)
+        tile = tl.where(seen[:, None], acc * inv[:, None], 0.0)
+        tl.store(lse + lse_off, tl.where(seen, row_lse, float("-inf")), mask=i < owned)
+    out += (
+        span.to(tl.int64) * span_strides[0] * DV
+    )  # times DV, which is known, so that the compiler sees alignment
+    out_off = row_offsets(i, start_q, b, out_strides) + heads * out_strides[2]
     in_out = (i < owned)[:, None] & (dims_v < DV)[None, :]
-    tl.store(out + o_off[:, None] + dims_v[None, :], o_tile, mask=in_out)
-    lse_off = b.to(tl.int64) * lse_strides[0] + heads * lse_strides[1] + start_q + i
-    row_lse = tl.where(seen, row_lse, float("-inf"))
-    tl.store(lse + lse_off + span.to(tl.int64) * split_strides[1], row_lse, mask=i < owned)
+    tl.store(out + out_off[:, None] + dims_v[None, :], tile.to(out.dtype.element_ty), mask=in_out)
 
 
 @triton.jit
-def page_of(paging, b, at, last, PAGE: tl.constexpr):
-    """Page that holds row `at` of sequence `b`; 0 for rows from `last` on."""
+def page_of(paging, b, at, last, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, ALIGNED: tl.constexpr):
+    """Pages of rows [at, at + BLOCK_N) of sequence `b`, 0 from row `last` on; one when a page holds them all."""
     if PAGE:
-        return tl.load(paging[0] + b.to(tl.int64) * paging[1] + at // PAGE, mask=at < last, other=0)
+        table = paging[0] + b.to(tl.int64) * paging[1]
+        if ALIGNED and PAGE >= BLOCK_N:
+            return tl.load(table + at // PAGE, mask=at < last, other=0)
+        else:
+            rows = at + tl.arange(0, BLOCK_N)
+            return tl.load(table + rows // PAGE, mask=rows < last, other=0)
     else:
         return at
 
 
-@triton.jit
-def paged_offsets(page, at, strides, PAGE: tl.constexpr):
-    """Element offset of rows `at` that lie in `page`."""
-    return page.to(tl.int64) * strides[0] + (at % PAGE).to(tl.int64) * strides[1]
+class Fixed(NamedTuple):
+    """What a launch needs beside addresses: it depends on shapes, strides and tiles, not on the tensors' memory."""
+
+    grid: tuple[int, int, int]
+    strides: tuple  # of q, k, v, out, lse, spans
+    table_stride: int
+    numbers: tuple  # sizes, band, factors
+    slope_stride: int
+    constants: dict[str, Any]
+    config: FwdConfig
+    spans: int
+
+
+class Prepared(NamedTuple):
+    """A compiled launch that only wants addresses, and that of the merge."""
+
+    binary: launcher.Binary
+    fixed: Fixed
+    values: tuple  # of the constants
+    merge: split.Prepared | None
+
+
+_prepared: dict[Any, Prepared] = {}
 
 
 def wants(problem: Problem) -> bool:
@@ -144,58 +203,138 @@ def wants(problem: Problem) -> bool:
 
 def forward(problem: Problem, ops: Operands) -> tuple[Tensor, Tensor]:
     """(out, lse) as `forward.launch.forward` returns them. No host synchronisation; the same result in every run."""
+    if not launcher.direct(attn_decode):
+        return run(problem, ops, *choose(problem)[0])
+    address: Any = [None if x is None else x.data_ptr() for x in ops]
+    key = (
+        problem, ops.q.stride(), ops.k.stride(), ops.v.stride(), ops.q.shape[0], ops.q.device.index,
+        (address[0] | address[1] | address[2]) & 15,
+        ops.alibi_slopes is not None and ops.alibi_slopes.stride(),
+        ops.block_table is not None and ops.block_table.stride(),
+        ops.sink is not None and ops.sink.dtype, launch.precision(problem.dtype),
+    )  # fmt: skip
+    ready = _prepared.get(key)
+    if ready is None:
+        if len(_prepared) >= launch.PREPARED_MAX:
+            _prepared.clear()
+        ready = _prepared[key] = prepare(problem, ops)
+    return replay(ready, problem, ops, Operands(*address))
+
+
+def replay(ready: Prepared, problem: Problem, ops: Operands, address: Operands) -> tuple[Tensor, Tensor]:
+    """Launch what `prepare` made, on the memory of `ops`."""
+    fixed = ready.fixed
+    out, lse = outputs(problem, ops.q, fixed.spans)
+    if ready.merge is None:
+        args = arguments(address, out.data_ptr(), lse.data_ptr(), fixed)
+        ready.binary.launch(fixed.grid, (*args, *ready.values))
+        return out, lse
+    memory = split.workspace(fixed.spans, out, lse)
+    partial = memory.data_ptr()
+    stats = partial + 4 * fixed.spans * out.numel()
+    ready.binary.launch(fixed.grid, (*arguments(address, partial, stats, fixed), *ready.values))
+    split.replay(ready.merge, partial, stats, out.data_ptr(), lse.data_ptr(), address.cu_seqlens_q)
+    return out, lse
+
+
+def choose(problem: Problem) -> list[tuple[FwdConfig, int]]:
+    """(tiles, spans) to try, best first."""
     found = device.info()
     shared, multiprocessors = (found.shared_memory, found.multiprocessors) if found else (2**16, 1)
-    candidates = splits.configs(problem, shared)
-    for config in candidates:
+    return [(c, splits.num_splits(problem, c, multiprocessors)) for c in splits.configs(problem, shared)]
+
+
+def prepare(problem: Problem, ops: Operands) -> Prepared:
+    """The compiled kernels for `problem`, with smaller tiles where the first choice does not fit the device."""
+    choices = choose(problem)
+    for config, spans in choices:
         try:
-            return run(problem, ops, config, splits.num_splits(problem, config, multiprocessors))
+            return prepare_with(problem, ops, config, spans)
         except launcher.SharedMemoryError:
-            if config is candidates[-1]:
+            if config is choices[-1][0]:
                 raise
-    raise AssertionError("configs is never empty")
+    raise AssertionError("there is always a choice")
+
+
+def prepare_with(problem: Problem, ops: Operands, config: FwdConfig, spans: int) -> Prepared:
+    """The compiled kernels for tiles of `config` and `spans` spans."""
+    steps = plan(problem, ops, *outputs(problem, ops.q, spans), config, spans)
+    binaries = [
+        launcher.prepare(s.kernel, s.args, s.constants, s.num_warps, s.num_stages, problem) for s in steps
+    ]
+    out, lse = steps[-1].args[2:4] if spans > 1 else steps[0].args[3:5]
+    fixed = fix(problem, ops, out, lse, config, spans)
+    merge = split.Prepared(binaries[1], split.fix(problem, out, lse, spans)) if spans > 1 else None
+    return Prepared(binaries[0], fixed, tuple(fixed.constants.values()), merge)
 
 
 def run(problem: Problem, ops: Operands, config: FwdConfig, spans: int) -> tuple[Tensor, Tensor]:
     """`forward` with the keys cut into `spans`, in tiles of `config`."""
-    out, lse = launch.empty_outputs(problem, ops.q)
-    if spans == 1:
-        if problem.varlen_q:  # rows behind the last sequence have no program
-            out.zero_()
-            lse.fill_(float("-inf"))
-        launcher.launch(*plan(problem, ops, out, lse, config, 1), problem=problem)
-        return out, lse
-    partial = torch.empty((spans, *out.shape), dtype=torch.float32, device=out.device)
-    partial_lse = torch.empty((spans, *lse.shape), dtype=torch.float32, device=out.device)
-    launcher.launch(*plan(problem, ops, partial, partial_lse, config, spans), problem=problem)
-    launcher.launch(*split.plan(problem, partial, partial_lse, out, lse, ops.cu_seqlens_q), problem=problem)
+    out, lse = outputs(problem, ops.q, spans)
+    for step in plan(problem, ops, out, lse, config, spans):
+        launcher.launch(*step, problem=problem)
+    return out, lse
+
+
+def outputs(problem: Problem, q: Tensor, spans: int) -> tuple[Tensor, Tensor]:
+    """(out, lse). Rows behind the last packed sequence have no program without splits; the merge writes all rows."""
+    out, lse = launch.empty_outputs(problem, q)
+    if problem.varlen_q and spans == 1:
+        out.zero_()
+        lse.fill_(float("-inf"))
     return out, lse
 
 
 def plan(
     problem: Problem, ops: Operands, out: Tensor, lse: Tensor, config: FwdConfig, spans: int
-) -> launch.Launch:
-    """The launch of `attn_decode`; with spans > 1, out and lse have a leading span axis."""
-    one_out, one_lse = (out, lse) if spans == 1 else (out[0], lse[0])
-    blocks = triton.cdiv(splits.rows(problem), config.block_m)
-    slopes, table = ops.alibi_slopes, ops.block_table
-    args = (
-        ops.q, ops.k, ops.v, out, lse,
-        launch.strides(ops.q), launch.strides(ops.k), launch.strides(ops.v), launch.strides(one_out),
-        (0, one_lse.stride(0)) if problem.varlen_q else one_lse.stride()[:2],
-        (0, 0) if spans == 1 else (out.stride(0), lse.stride(0)),
+) -> list[launch.Launch]:  # fmt: skip
+    """The launches that compute `problem`: `attn_decode`, and with several spans `attn_combine`."""
+    fixed = fix(problem, ops, out, lse, config, spans)
+    into, stats = out, lse
+    if spans > 1:
+        memory = split.workspace(spans, out, lse)
+        into, stats = memory, memory[spans * out.numel() :]
+    args = arguments(ops, into, stats, fixed)
+    step = launch.Launch(attn_decode, fixed.grid, args, fixed.constants, config.num_warps, config.num_stages)
+    if spans == 1:
+        return [step]
+    return [step, split.plan(split.fix(problem, out, lse, spans), into, stats, out, lse, ops.cu_seqlens_q)]
+
+
+def arguments(ops: Any, out: Any, lse: Any, fixed: Fixed) -> tuple:
+    """The run-time arguments of `attn_decode`; `ops`, out and lse hold tensors or their addresses."""
+    return (
+        ops.q, ops.k, ops.v, out, lse, *fixed.strides,
         (ops.cu_seqlens_q, ops.cu_seqlens_k, ops.seqused_q, ops.seqused_k, ops.leftpad_k, ops.cache_batch_idx),
-        (table, 0 if table is None else table.stride(0)),
-        (problem.max_q, problem.max_k, problem.kv_heads, spans, blocks),
-        (problem.left or 0, problem.right or 0), score.factors(problem.scale, problem.softcap),
-        slopes, 0 if slopes is None or slopes.dim() == 1 else slopes.stride(0), ops.sink,
+        (ops.block_table, fixed.table_stride), *fixed.numbers, ops.alibi_slopes, fixed.slope_stride, ops.sink,
     )  # fmt: skip
-    constants = dict(
-        F=launch.features(problem, config), GROUP=problem.group, PAGE=problem.page_size,
-        D=problem.head_dim, DV=problem.head_dim_v,
-        BLOCK_D=max(16, triton.next_power_of_2(problem.head_dim)),
-        BLOCK_DV=max(16, triton.next_power_of_2(problem.head_dim_v)),
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, STAGES=config.num_stages,
+
+
+def fix(problem: Problem, ops: Operands, out: Tensor, lse: Tensor, config: FwdConfig, spans: int) -> Fixed:
+    """Everything about the launch that the addresses of the tensors do not change. The spans are laid out like `out`
+    and `lse`, one behind the other."""
+    blocks = triton.cdiv(splits.rows(problem), config.block_m)
+    block_d, block_dv = (max(16, triton.next_power_of_2(x)) for x in (problem.head_dim, problem.head_dim_v))
+    slopes, table = ops.alibi_slopes, ops.block_table
+    page, tile = problem.page_size, config.block_n
+    aligned = page > 0 and not problem.leftpad and (page % tile == 0 or tile % page == 0)
+    return Fixed(
+        grid=(problem.kv_heads * spans * blocks * problem.batch, 1, 1),
+        strides=(
+            launch.strides(ops.q), launch.strides(ops.k), launch.strides(ops.v), launch.strides(out),
+            split.lse_strides(problem, lse), split.span_strides(out, lse),
+        ),
+        table_stride=0 if table is None else table.stride(0),
+        numbers=(
+            (problem.max_q, problem.max_k, problem.kv_heads, spans, blocks),
+            (problem.left or 0, problem.right or 0), score.factors(problem.scale, problem.softcap),
+        ),
+        slope_stride=0 if slopes is None or slopes.dim() == 1 else slopes.stride(0),
+        constants=dict(
+            F=launch.features(problem, config), SPLIT=spans > 1, GROUP=problem.group,
+            PAGE=page, ALIGNED=aligned, TWINS=launch.strides(ops.k) == launch.strides(ops.v),
+            D=problem.head_dim, DV=problem.head_dim_v, BLOCK_D=block_d, BLOCK_DV=block_dv,
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, STAGES=config.num_stages,
+        ),
+        config=config, spans=spans,
     )  # fmt: skip
-    grid = (problem.kv_heads * spans * blocks * problem.batch, 1, 1)
-    return launch.Launch(attn_decode, grid, args, constants, config.num_warps, config.num_stages)

@@ -26,12 +26,11 @@ def append(problem: Problem, ops: Operands, new: Append) -> tuple[Tensor, Tensor
 
 def append_triton(problem: Problem, ops: Operands, new: Append) -> tuple[Tensor, Tensor]:
     """`append` on the current GPU."""
-    from flash_attn.kvcache.append_kernel import plan
-    from flash_attn.utils import launcher
+    from flash_attn.kvcache import append_kernel
 
     q = ops.q if new.rotary_cos is None else torch.empty_like(ops.q)
     seqused = torch.empty_like(new.cache_seqlens)
-    launcher.launch(*plan(problem, ops, new, q, seqused), problem=problem)
+    append_kernel.append(problem, ops, new, q, seqused)
     return q, seqused
 
 

@@ -1,5 +1,8 @@
 """The Triton kernel that stores new keys and values in a dense or paged cache and rotates queries and keys."""
 
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -8,6 +11,7 @@ from flash_attn.forward import launch
 from flash_attn.ops.triton.rotary import rotate
 from flash_attn.problem import Append, Operands, Problem
 from flash_attn.tile import rows
+from flash_attn.utils import launcher
 
 row_offsets = rows.row_offsets
 
@@ -111,28 +115,93 @@ def kv_append(
             tl.store(k_cache + to[:, None] + dims[None, :], tile.to(k_cache.dtype.element_ty), mask=in_tile)
 
 
-def plan(problem: Problem, ops: Operands, new: Append, q_out: Tensor, seqused: Tensor) -> launch.Launch:
-    """The launch that appends `new`, writes the rotated q to `q_out` and the lengths behind the append to `seqused`."""
+class Fixed(NamedTuple):
+    """What a launch needs beside addresses."""
+
+    grid: tuple[int, int, int]
+    strides: tuple  # of q, k, v, q_out and the caches
+    table_stride: int
+    sizes: tuple
+    constants: dict[str, Any]
+
+
+class Prepared(NamedTuple):
+    """A compiled launch that only wants addresses."""
+
+    binary: launcher.Binary
+    fixed: Fixed
+
+
+_prepared: dict[Any, Prepared] = {}
+
+
+def append(problem: Problem, ops: Operands, new: Append, q_out: Tensor, seqused: Tensor) -> None:
+    """Append `new`, write the rotated q to `q_out` and the lengths behind the append to `seqused`."""
+    if not launcher.direct(kv_append):
+        launcher.launch(*plan(problem, ops, new, q_out, seqused), problem=problem)
+        return
     assert new.k is not None and new.v is not None
-    half = 0 if new.rotary_cos is None else new.rotary_cos.shape[1]
-    table, page = ops.block_table, problem.page_size
+    tensors = (ops.q, new.k, new.v, q_out, ops.k, ops.v)
+    address = [x.data_ptr() for x in tensors]
+    low = 0
+    for x in address:
+        low |= x
+    cos, table = new.rotary_cos, ops.block_table
+    key = (
+        problem, new.interleaved, *(x.stride() for x in tensors), new.k.shape[1], ops.k.shape, low & 15,
+        cos if cos is None else cos.shape, table if table is None else (table.shape, table.stride()),
+        ops.q.device.index,
+    )  # fmt: skip
+    ready = _prepared.get(key)
+    if ready is None:
+        if len(_prepared) >= launch.PREPARED_MAX:
+            _prepared.clear()
+        step = plan(problem, ops, new, q_out, seqused)
+        binary = launcher.prepare(
+            step.kernel, step.args, step.constants, step.num_warps, step.num_stages, problem
+        )
+        ready = _prepared[key] = Prepared(binary, fix(problem, ops, new, q_out))
+    fixed = ready.fixed
+    rest = (new.cache_seqlens, seqused, cos, new.rotary_sin, ops.cache_batch_idx, table)
+    args = arguments(address, [None if x is None else x.data_ptr() for x in rest], fixed)
+    ready.binary.launch(fixed.grid, (*args, *fixed.constants.values()))
+
+
+def plan(problem: Problem, ops: Operands, new: Append, q_out: Tensor, seqused: Tensor) -> launch.Launch:
+    """The launch of `kv_append` with tensors."""
+    fixed = fix(problem, ops, new, q_out)
+    rest = (new.cache_seqlens, seqused, new.rotary_cos, new.rotary_sin, ops.cache_batch_idx, ops.block_table)
+    args = arguments((ops.q, new.k, new.v, q_out, ops.k, ops.v), rest, fixed)
+    return launch.Launch(kv_append, fixed.grid, args, fixed.constants, 4, 1)
+
+
+def arguments(tensors: Sequence[Any], rest: Sequence[Any], fixed: Fixed) -> tuple:
+    """The run-time arguments of `kv_append`, of tensors or their addresses."""
+    *indices, table = rest
+    return (*tensors, *fixed.strides, *indices, (table, fixed.table_stride), fixed.sizes)
+
+
+def fix(problem: Problem, ops: Operands, new: Append, q_out: Tensor) -> Fixed:
+    """Everything about the launch that the addresses of the tensors do not change."""
+    assert new.k is not None and new.v is not None
+    fresh, cos, table, page = new.k.shape[1], new.rotary_cos, ops.block_table, problem.page_size
+    half, positions = (0, 0) if cos is None else (cos.shape[1], cos.shape[0])
     capacity = ops.k.shape[1] if table is None else table.shape[1] * page
     block_d, block_dv = (max(16, triton.next_power_of_2(d)) for d in (problem.head_dim, problem.head_dim_v))
     block_r = max(1, 2048 // max(block_d, block_dv))
     q_blocks = triton.cdiv(problem.max_q * problem.heads, block_r) if half else 0
-    k_blocks = triton.cdiv(new.k.shape[1] * problem.kv_heads, block_r)
-    args = (
-        ops.q, new.k, new.v, q_out, ops.k, ops.v,
-        *(launch.strides(x) for x in (ops.q, new.k, new.v, q_out, ops.k, ops.v)),
-        new.cache_seqlens, seqused, new.rotary_cos, new.rotary_sin, ops.cache_batch_idx,
-        (table, 0 if table is None else table.stride(0)),
-        (problem.max_q, new.k.shape[1], problem.heads, problem.kv_heads, capacity, ops.k.shape[0],
-         0 if new.rotary_cos is None else new.rotary_cos.shape[0], q_blocks, k_blocks),
+    k_blocks = triton.cdiv(fresh * problem.kv_heads, block_r)
+    return Fixed(
+        grid=(max(q_blocks + 2 * k_blocks, 1) * problem.batch, 1, 1),
+        strides=tuple(launch.strides(x) for x in (ops.q, new.k, new.v, q_out, ops.k, ops.v)),
+        table_stride=0 if table is None else table.stride(0),
+        sizes=(
+            problem.max_q, fresh, problem.heads, problem.kv_heads, capacity, ops.k.shape[0], positions,
+            q_blocks, k_blocks,
+        ),
+        constants=dict(
+            EACH_Q=problem.left is not None or problem.right is not None, PAGE=page,
+            D=problem.head_dim, DV=problem.head_dim_v, HALF=half, INTERLEAVED=new.interleaved,
+            BLOCK_D=block_d, BLOCK_DV=block_dv, BLOCK_R=block_r,
+        ),
     )  # fmt: skip
-    constants = dict(
-        EACH_Q=problem.left is not None or problem.right is not None, PAGE=page,
-        D=problem.head_dim, DV=problem.head_dim_v, HALF=half, INTERLEAVED=new.interleaved,
-        BLOCK_D=block_d, BLOCK_DV=block_dv, BLOCK_R=block_r,
-    )  # fmt: skip
-    programs = max(q_blocks + 2 * k_blocks, 1) * problem.batch
-    return launch.Launch(kv_append, (programs, 1, 1), args, constants, 4, 1)

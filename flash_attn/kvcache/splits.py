@@ -3,17 +3,23 @@
 Pure arithmetic on the problem and the device: lengths live on the device, so capacities stand in for them.
 """
 
+from functools import lru_cache
+
 from flash_attn.problem import Problem
 from flash_attn.tuning.config import FwdConfig
 from flash_attn.utils.device import DeviceInfo
 
 MAX_SPLITS = 128
+TILE_BYTES = 128 * 1024  # shared memory for tiles of keys and values
+BYTES_PER_US = 33_000  # that a multiprocessor reads when all do
+START_US, MERGE_US = 2.0, 4.0  # of a program before its first tile; of merging
 MAX_ROWS = 64  # of a tile: the rows of one kv head up to which a decode program holds all of them
 
 
+@lru_cache(maxsize=1024)
 def wants(problem: Problem, device: DeviceInfo | None) -> bool:
     """Whether splitting and head packing serve `problem` better than a program per query head and block of rows."""
-    if problem.dropout_p or problem.varlen_k or problem.max_k < 256:
+    if problem.dropout_p or problem.max_k < 256:
         return False
     if problem.num_splits > 1 or rows(problem) <= MAX_ROWS:
         return True
@@ -29,35 +35,45 @@ def rows(problem: Problem) -> int:
     return problem.max_q * problem.group
 
 
-def configs(problem: Problem, shared_memory: int) -> list[FwdConfig]:
-    """Tiles that should fit, best first; block_m counts rows of a kv head: queries times the heads of a group."""
+@lru_cache(maxsize=1024)
+def configs(problem: Problem, shared_memory: int) -> tuple[FwdConfig, ...]:
+    """Tiles that should fit, best first; block_m counts rows of a kv head: queries times the heads of a group.
+
+    Large tiles with two in flight, one program per multiprocessor: on an H200 within 1 % of the best of 11 choices in
+    all five rows of bench/results/decode_h200.json. More, smaller programs lose up to 10 % to a last wave that is
+    mostly empty.
+    """
     block_m = min(MAX_ROWS, max(16, _power(rows(problem))))
     d, dv = (max(16, _power(x)) for x in (problem.head_dim, problem.head_dim_v))
+    key_bytes = (d + dv) * problem.dtype.itemsize
+    warps = 8 if block_m * dv > 64 * 128 else 4
     found = []
-    for block_n in (64, 32, 16):
-        for stages in (3, 2, 1):
-            buffers = max(stages - 1, 1) * block_n * (d + dv) + block_m * (d + block_n)
-            # two programs per multiprocessor hide each other's latency
-            if problem.dtype.itemsize * buffers <= shared_memory // 2:
-                found.append(FwdConfig(block_m, block_n, 4, stages))
-    return found or [FwdConfig(block_m, 16, 4, stages) for stages in (2, 1)]
+    for block_n in (128, 64, 32, 16):
+        for stages in (5, 4, 3):
+            tiles = (stages - 1) * block_n * key_bytes  # in flight or in use
+            rest = block_m * (d + block_n) * problem.dtype.itemsize
+            if tiles <= TILE_BYTES and tiles + rest <= shared_memory:
+                found.append(FwdConfig(block_m, block_n, warps, stages))
+    return tuple(found) or tuple(FwdConfig(block_m, 16, warps, stages) for stages in (2, 1))
 
 
+@lru_cache(maxsize=1024)
 def num_splits(problem: Problem, config: FwdConfig, multiprocessors: int) -> int:
-    """Spans to cut the keys of a sequence into.
+    """Spans to cut the keys of a sequence into: those that should take the least time.
 
-    The fewest that come within 15 % of the best use of the last wave of programs (the rule of FlashAttention-2).
+    Programs run in waves of one per multiprocessor. The constants are of an H200; only their ratios matter.
     """
     if problem.num_splits:
         return min(problem.num_splits, MAX_SPLITS)
     programs = problem.batch * problem.kv_heads * -(-rows(problem) // config.block_m)
-    slots = 2 * multiprocessors
-    if programs >= 0.8 * slots:
-        return 1
-    tiles = -(-visible_keys(problem) // config.block_n)
-    limit = max(1, min(MAX_SPLITS, slots, tiles // 4))
-    efficiency = [programs * s / (slots * -(-programs * s // slots)) for s in range(1, limit + 1)]
-    return next(s for s, e in enumerate(efficiency, 1) if e >= 0.85 * max(efficiency))
+    keys = visible_keys(problem)
+    read_us = keys * (problem.head_dim + problem.head_dim_v) * problem.dtype.itemsize / BYTES_PER_US
+
+    def time_us(spans: int) -> float:
+        waves = -(-programs * spans // multiprocessors)
+        return waves * (read_us / spans + START_US) + (MERGE_US if spans > 1 else 0.0)
+
+    return min(range(1, max(1, min(MAX_SPLITS, keys // config.block_n)) + 1), key=time_us)
 
 
 def visible_keys(problem: Problem) -> int:
