@@ -95,9 +95,9 @@ def test_page_that_holds_whole_tiles_is_read_tile_by_tile():
 
 
 @pytest.mark.parametrize(
-    "config", [FwdConfig(16, 32, 4, 1), FwdConfig(64, 16, 4, 1), FwdConfig(32, 64, 4, 1)]
+    "config", [FwdConfig(16, 32, 4, 1), FwdConfig(64, 16, 4, 1), FwdConfig(16, 16, 4, 1, split=True)]
 )
-@pytest.mark.parametrize("name", ["window", "packed"])
+@pytest.mark.parametrize("name", ["causal_more_queries", "window", "packed"])
 def test_tile_sizes_do_not_matter(name, config):
     problem, ops, *_ = build(next(c for c in CASES if c.id == name), DEVICE)
     check(problem, ops, config)

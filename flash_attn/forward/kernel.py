@@ -30,18 +30,19 @@ class Features(NamedTuple):
     alibi: bool
     dropout: bool
     positive: bool  # the factor that turns scores into logits is above 0, so it commutes with the maximum
+    fast_tanh: bool  # one instruction, for inputs of 16 bits
     page_tiles: bool  # a tile of keys never crosses a page
     precision: str  # of products of fp32: "ieee" or "tf32"
 
 
 @triton.jit
 def _over_keys(
-    acc, acc2, m, l, q_tile, q_tile2, q_rows, k, v, k_rows, v_rows, k_strides, v_strides, start_k, b_k, lo, hi, M, N,
-    paging, band, factors, slope, rng, bh, threshold,
+    acc, acc2, m, l, q_tile, q_tile2, q_rows, k, v, k_rows, v_rows, k_strides, v_strides, start_k, b_k,
+    lo, hi, full_lo, full_hi, M, N, paging, band, factors, slope, rng, bh, threshold,
     F: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_D2: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_DV2: tl.constexpr,
 ):  # fmt: skip
-    """Fold keys [lo, hi) into (acc, m, l); `MASKED` blocks apply the mask, the others need none."""
+    """Fold keys [lo, hi) into (acc, m, l); unless MASKED, all of them are inside [full_lo, full_hi) and exist."""
     dims, dims2 = tl.arange(0, BLOCK_D), BLOCK_D + tl.arange(0, BLOCK_D2)
     dims_v, dims_v2 = tl.arange(0, BLOCK_DV), BLOCK_DV + tl.arange(0, BLOCK_DV2)
     for n in range(lo, hi, BLOCK_N):
@@ -63,16 +64,15 @@ def _over_keys(
         if D > BLOCK_D:
             k_tile2 = load_rows(k, k_off, valid, dims2, D, BLOCK_D + BLOCK_D2 <= D, MASKED)
             x = tl.dot(q_tile2, tl.trans(k_tile2), x, input_precision=F.precision)
-        x = capped(x, factors[0], F)
+        x = capped(x, factors[0], F, F.fast_tanh)
         outer = factors[1]
         if F.alibi or not F.positive:
             x = biased(x, outer, q_rows[:, None], cols[None, :], M, N, slope, F)
             outer = 1.0
-        if MASKED:
-            x = tl.where(keep(q_rows[:, None], cols[None, :], M, N, band, F), x, float("-inf"))
-        # m can be -inf only where a mask has hidden every key so far: in the first keys of a window's left edge
-        # and in what follows a row's last key
-        m, l, p, rescale = update(m, l, x, outer, MASKED or F.left)
+        if MASKED:  # noqa: SIM102 - the outer one folds at compile time, the inner is a uniform branch
+            if (n < full_lo) | (n + BLOCK_N > full_hi):
+                x = tl.where(keep(q_rows[:, None], cols[None, :], M, N, band, F), x, float("-inf"))
+        m, l, p, rescale = update(m, l, x, outer, MASKED)
         if F.dropout:
             p = tl.where(keep_tile(rng, bh, q_rows, n, threshold, BLOCK_N), p, 0.0)
         v_tile = load_rows(v, v_off, valid, dims_v, DV, BLOCK_DV <= DV, MASKED)
@@ -84,34 +84,42 @@ def _over_keys(
 
 
 @triton.jit
-def _locate(cu_seqlens_q, seqused_q, sizes, BLOCK_M: tl.constexpr):
-    """(sequence, head, block, first row, valid rows, rows) of this program."""
+def _locate(lengths, sizes, BLOCK_M: tl.constexpr):
+    """(sequence, head, block, first query row, valid rows, rows, first key row, keys) of this program."""
     pid = tl.program_id(0)
     heads, batch, blocks, section = sizes[3], sizes[4], sizes[5], sizes[6]
-    if cu_seqlens_q is None:
-        # Heads go in sections whose keys and values fit the L2 cache; in a section the last blocks of all heads,
-        # which see most keys when causal, start first.
-        first = pid // (section * blocks) * section
-        width = tl.minimum(section, heads * batch - first)
-        within = pid - first * blocks
-        block = blocks - 1 - within // width
-        bh = first + within % width
-        b, head = bh // heads, bh % heads
-        start, owned = 0, sizes[0]
-        M = owned
-        if seqused_q is not None:
-            M = tl.load(seqused_q + b)
-    else:
-        head = pid // blocks
-        b, block = packed_tile(cu_seqlens_q, batch, blocks - 1 - pid % blocks, BLOCK_M)
-        start = tl.load(cu_seqlens_q + b)
+    # Heads go in sections whose keys and values fit the L2 cache; in a section the last blocks of all heads, which see
+    # most keys when causal, start first.
+    first = pid // (section * blocks) * section
+    packed: tl.constexpr = lengths[0] is not None
+    width = tl.minimum(section, (heads if packed else heads * batch) - first)
+    within = pid - first * blocks
+    block = blocks - 1 - within // width
+    bh = first + within % width
+    if packed:
+        head = bh
+        b, block, start_q, owned, start_k, N = packed_tile(
+            lengths[0], lengths[1], batch, sizes[7], block, BLOCK_M
+        )
         # rows behind the last sequence are nobody's: they get zeros as rows beyond seqused_q do
-        owned = tl.load(cu_seqlens_q + b + 1, mask=b < batch, other=sizes[7]) - start
         M = tl.where(b < batch, owned, 0)
         b = tl.minimum(b, batch - 1)
-        if seqused_q is not None:
-            M = tl.minimum(M, tl.load(seqused_q + b))
-    return b, head, block, start, M, owned
+        if lengths[2] is not None:
+            M = tl.minimum(M, tl.load(lengths[2] + b))
+    else:
+        b, head = bh // heads, bh % heads
+        start_q, owned = 0, sizes[0]
+        _, M = sequence(None, lengths[2], sizes[0], b)
+    if packed and lengths[1] is not None:
+        if lengths[3] is not None:
+            N = tl.load(lengths[3] + b)
+    else:
+        start_k, N = sequence(lengths[1], lengths[3], sizes[1], b)
+    if lengths[4] is not None:
+        leftpad = tl.load(lengths[4] + b)
+        start_k += leftpad
+        N -= leftpad
+    return b, head, block, start_q, M, owned, start_k, N
 
 
 @triton.jit
@@ -122,22 +130,17 @@ def attn_fwd(
     sizes,  # (max_q, max_k, query heads per kv head, heads, batch, blocks of rows, heads of a section, total_q)
     band, factors, alibi_slopes, alibi_stride_b, sink,
     rng_state, threshold, rescale,  # dropout: (seed, offset), kept values of 65536, 1 / (1 - p)
-    F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_D2: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_DV2: tl.constexpr,
+    F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, D: tl.constexpr,
+    DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_D2: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_DV2: tl.constexpr,
 ):  # fmt: skip
     """One program computes BLOCK_M query rows of one head.
 
     D (of q and k) and DV (of v and out) are covered by a tile of BLOCK_D and, when that is not enough, a second one of
     BLOCK_D2 (powers of two). Rows of `out` that see no key become 0 and their `lse` -inf (or the sink).
     """
-    b, head, block, start_q, M, owned = _locate(lengths[0], lengths[2], sizes, BLOCK_M)
+    b, head, block, start_q, M, owned, start_k, N = _locate(lengths, sizes, BLOCK_M)
     row_lo = block * BLOCK_M
     if row_lo < owned:
-        start_k, N = sequence(lengths[1], lengths[3], sizes[1], b)
-        if lengths[4] is not None:
-            leftpad = tl.load(lengths[4] + b)
-            start_k += leftpad
-            N -= leftpad
         b_k = b
         if lengths[5] is not None:
             b_k = tl.load(lengths[5] + b)
@@ -169,9 +172,6 @@ def attn_fwd(
         hi = tl.where(row_lo < M, hi, 0)
         lo = lo // BLOCK_N * BLOCK_N
         full_lo, full_hi = full_range(row_lo, row_hi, M, N, band, F)
-        # three spans: [lo, a) masked by the left edge, [a, z) visible to all rows, [z, hi) masked by the right edge
-        a = tl.minimum(tl.maximum(tl.cdiv(full_lo, BLOCK_N) * BLOCK_N, lo), tl.maximum(hi, lo))
-        z = tl.maximum(full_hi // BLOCK_N * BLOCK_N, a)
         kv_head = head // sizes[2]
         k += kv_head * k_strides[2]
         v += kv_head * v_strides[2]
@@ -181,17 +181,17 @@ def attn_fwd(
             v_rows = row_offsets(tl.arange(0, BLOCK_N), start_k, b_k, v_strides)
         else:
             k_rows, v_rows = tl.arange(0, BLOCK_N) * k_strides[1], tl.arange(0, BLOCK_N) * v_strides[1]
-        for span in tl.static_range(0 if F.left else 1, 3):
-            if span == 0:
-                n0, n1 = lo, a
-            elif span == 1:
-                n0, n1 = a, tl.minimum(z, hi)
-            else:
-                n0, n1 = tl.minimum(z, tl.maximum(hi, a)), hi
+        # One loop tests every tile for the mask. SPLIT: a loop without a test up to `mid`, then one with; the second
+        # fills the pipeline of loads anew, which pays where the first is long.
+        mid = lo
+        if SPLIT:
+            mid = tl.minimum(tl.maximum(full_hi // BLOCK_N * BLOCK_N, lo), tl.maximum(hi, lo))
+        for edge in tl.static_range(0 if SPLIT else 1, 2):
             acc, acc2, m, l = _over_keys(
                 acc, acc2, m, l, q_tile, q_tile2, q_rows, k, v, k_rows, v_rows, k_strides, v_strides, start_k, b_k,
-                n0, n1, M, N, paging, band, factors, slope, rng, b * sizes[3] + head, threshold,
-                F, span != 1, BLOCK_N, D, DV, BLOCK_D, BLOCK_D2, BLOCK_DV, BLOCK_DV2,
+                mid if edge else lo, hi if edge else mid, full_lo, full_hi, M, N, paging, band, factors, slope, rng,
+                b * sizes[3] + head, threshold,
+                F, edge == 1 or F.left, BLOCK_N, D, DV, BLOCK_D, BLOCK_D2, BLOCK_DV, BLOCK_DV2,
             )  # fmt: skip
 
         inv, row_lse = finish(m, l)

@@ -156,7 +156,9 @@ def fix(problem: Problem, ops: Operands, out: Tensor, lse: Tensor, config: FwdCo
         numbers=(sizes, (problem.left or 0, problem.right or 0), factors(problem.scale, problem.softcap)),
         slope_stride=0 if slopes is None or slopes.dim() == 1 else slopes.stride(0),
         dropout=(threshold(problem.dropout_p), 1.0 / (1.0 - problem.dropout_p)),
-        constants=dict(F=features(problem, config), BLOCK_M=config.block_m, BLOCK_N=config.block_n)
+        constants=dict(
+            F=features(problem, config), BLOCK_M=config.block_m, BLOCK_N=config.block_n, SPLIT=config.split
+        )
         | head_dims(problem),
         config=config,
     )  # fmt: skip
@@ -170,6 +172,7 @@ def features(problem: Problem, config: FwdConfig) -> Features:
         alibi=problem.alibi,
         dropout=problem.dropout_p > 0,
         positive=problem.scale > 0 or problem.softcap > 0,
+        fast_tanh=problem.dtype.itemsize == 2 and problem.device == "cuda" and not torch.version.hip,
         page_tiles=problem.paged and not problem.leftpad and problem.page_size % config.block_n == 0,
         precision=precision(problem.dtype),
     )
