@@ -10,10 +10,17 @@ import torch
 from cases import BACKWARD_CASES, CASES, Case, build, ids
 
 from flash_attn.backends import cpu
+from flash_attn.cpu import backward as tiled_backward
 from flash_attn.cpu import forward as tiled_forward
 from flash_attn.cpu import tile, torch_flash
 from flash_attn.reference import attention as oracle
-from flash_attn.utils.testing import assert_as_close_as_torch, check_backend, nan_empty
+from flash_attn.utils.testing import (
+    assert_as_close_as_torch,
+    assert_gradients_as_close_as_torch,
+    check_backend,
+    nan_empty,
+    strided_like,
+)
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 EXACT = dict(rtol=1e-9, atol=1e-11)
@@ -76,6 +83,19 @@ def test_torch_kernel_and_ours_agree(kv_heads, causal, dtype):
         assert a.shape == b.shape and a.dtype == b.dtype and b.is_contiguous()
         step = torch.finfo(dtype).eps * w.abs().max().item()
         torch.testing.assert_close(a.double(), b.double(), rtol=0, atol=4 * step)
+    if not torch_flash.computes_backward(problem):
+        assert dtype.itemsize == 2
+        return
+    dout = torch.randn_like(mine[0])
+    into = strided_like(ops[:3])
+    theirs = torch_flash.backward(problem, ops, *mine, dout, into)
+    assert all(g.data_ptr() == x.data_ptr() for g, x in zip(theirs, into, strict=False))
+    for grads in (theirs, tiled_backward.backward(problem, ops, *mine, dout)):
+        if dtype == torch.float64:  # the oracle's own precision: nothing to measure an error against
+            exact = oracle.backward(problem, ops, *want, dout)
+            torch.testing.assert_close(tuple(grads[:3]), tuple(exact[:3]), **EXACT)
+        else:
+            assert_gradients_as_close_as_torch(grads, problem, ops, dout)
 
 
 @pytest.mark.parametrize(

@@ -93,8 +93,8 @@ def assert_gradients_as_close_as_torch(
 ) -> None:
     """The same for dq, dk, dv and dsink of a whole forward and backward.
 
-    For 16-bit types PyTorch is autograd of a plain attention. For float32 and float64 it is the backward formula
-    evaluated in that type on whole matrices, and a rounding step is the most that rounding q, k, v, out, lse and
+    For 16-bit types PyTorch is autograd of a plain attention. For float32 it is the backward formula evaluated in
+    that type on whole matrices, and a rounding step is the most that rounding q, k, v, out, lse and
     dout once changes, in four random directions. Autograd would be no yardstick there: it forms rowsum(P * dP)
     instead of rowsum(dO * O), which cancels to the bit in a row that sees one key, and nothing that starts from
     out and lse can do that.
@@ -154,7 +154,7 @@ def check_backend(backend: ModuleType, problem: Problem, ops: Operands, seed: in
     generator = torch.Generator().manual_seed(seed)
     dout = torch.randn(out.shape, generator=generator).to(out)
     dlse = torch.randn(lse.shape, generator=generator).to(lse).masked_fill_(lse.isinf(), 0.0)
-    into = _strided_like(ops[:3]) if seed % 2 else (None, None, None)
+    into = strided_like(ops[:3]) if seed % 2 else (None, None, None)
     with nan_empty():
         got = backend.backward(problem, ops, out, lse, dout, dlse, into)
     for given, g in zip(into, got[:3], strict=True):
@@ -163,7 +163,7 @@ def check_backend(backend: ModuleType, problem: Problem, ops: Operands, seed: in
     assert_gradients_as_close_as_torch(got, problem, ops, dout, dlse)
 
 
-def _strided_like(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def strided_like(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """NaN-filled views with the shapes of `tensors`, rows three times as far apart as they need to be."""
     return tuple(
         torch.full((*x.shape[:-1], 3, x.shape[-1]), torch.nan, dtype=x.dtype, device=x.device)[..., 1, :]
