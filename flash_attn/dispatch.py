@@ -78,17 +78,18 @@ def select(
         UnsupportedError: no backend can, with every backend's reason.
         ArgumentValueError: FLASH_ATTN_BACKEND names no backend.
     """
-    where = None if problem.device == "cpu" else device.info(index)
-    return _select(problem, direction, forced or forced_backend(), where, index)
+    if index is None and problem.device == "cuda" and torch.cuda.is_available():
+        index = torch.cuda.current_device()
+    return _select(problem, direction, forced or forced_backend(), index, device.assumed())
 
 
-# What a backend supports depends on the device too (machines with two kinds of GPU; `device.assume`).
+# What a backend supports depends on the GPU too (machines with two kinds of them; `device.assume`).
 @lru_cache(maxsize=4096)
 def _select(
-    problem: Problem, direction: str, forced: str | None, where: device.DeviceInfo | None, index: int | None
+    problem: Problem, direction: str, forced: str | None, index: int | None, assumed: device.DeviceInfo | None
 ) -> ModuleType:
     reasons = {}
-    with torch.cuda.device(index) if index is not None and torch.cuda.is_available() else nullcontext():
+    with torch.cuda.device(index) if problem.device == "cuda" and index is not None else nullcontext():
         for name in (forced,) if forced else BACKENDS:
             backend = load(name)
             reason = backend.supports(problem, direction)

@@ -45,6 +45,11 @@ def _read(index: int) -> DeviceInfo:
     return DeviceInfo(p.name, (p.major, p.minor), p.multi_processor_count, shared, hip)
 
 
+def assumed() -> DeviceInfo | None:
+    """What `assume` put in place of the GPU, if anything."""
+    return _assumed
+
+
 @contextmanager
 def assume(device: DeviceInfo) -> Iterator[None]:
     """Plan as if `device` were here: for `explain`, compile-only tests and the cost model."""

@@ -15,7 +15,9 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),  # Dynamo, itself
-    pytest.mark.filterwarnings("default::UserWarning"),  # Inductor's advice about precision
+    # Inductor's advice about precision, and what torch says of itself while Inductor is imported
+    pytest.mark.filterwarnings("default::UserWarning"),
+    pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
 ]
 
 PUBLIC = [c for c in cases.CASES if cases.build(c).function]
