@@ -51,9 +51,91 @@ def forward(problem, ops):
     yield launch.plan(problem, ops, out, lse, table.forward_config(problem))
 
 
+def forward_split(problem, ops):
+    """With a loop of its own for the tiles that need no mask."""
+    from flash_attn.forward import launch
+    from flash_attn.tuning import table
+
+    out, lse = launch.empty_outputs(problem, ops.q)
+    yield launch.plan(problem, ops, out, lse, table.forward_config(problem)._replace(split=True))
+
+
+def backward(problem, ops):
+    from flash_attn.backward import launch
+    from flash_attn.forward.launch import empty_outputs
+    from flash_attn.tuning.backward import backward_config
+
+    dkdv, dq = backward_config(problem)
+    out, lse = empty_outputs(problem, ops.q)
+    stats, dsink = launch.statistics(problem, lse), lse if problem.sink else None
+    yield launch.plan_dq(problem, ops, out, lse, out, None, stats, torch.empty_like(ops.q), dsink, dq)
+    yield launch.plan_dkdv(problem, ops, out, stats, torch.empty_like(ops.k), torch.empty_like(ops.v), dkdv)
+
+
+def decode(problem, ops):
+    from flash_attn.forward import decode
+
+    for spans in (1, 4):
+        out, lse = decode.outputs(problem, ops.q, spans)
+        yield from decode.plan(problem, ops, out, lse, decode.choose(problem)[0][0], spans)
+
+
+def append(problem, ops):
+    from flash_attn.kvcache.append_kernel import plan
+    from flash_attn.problem import Append
+
+    k, v = (
+        torch.empty(problem.batch, 3, problem.kv_heads, x.shape[-1], dtype=x.dtype) for x in (ops.k, ops.v)
+    )
+    cos = torch.empty(problem.max_k, problem.head_dim // 4, dtype=ops.q.dtype)
+    for interleaved in (False, True):
+        new = Append(k, v, cos, cos, interleaved, ops.seqused_k)
+        yield plan(problem, ops, new, torch.empty_like(ops.q), torch.empty_like(ops.seqused_k))
+    new = Append(k, v, None, None, False, ops.seqused_k)
+    yield plan(problem, ops, new, ops.q, torch.empty_like(ops.seqused_k))
+
+
+def rotary(problem, ops):
+    from flash_attn.forward.launch import Launch
+    from flash_attn.ops.triton.rotary import rotary_kernel
+
+    for offsets, interleaved in ((3, False), (torch.empty(problem.batch, dtype=torch.int32), True)):
+        cos, strides = torch.empty(problem.max_q, problem.head_dim // 2), ops.q.stride()[:3]
+        constants = dict(
+            ROTARY_HALF=problem.head_dim // 2, PER_SEQUENCE_OFFSETS=interleaved, INTERLEAVED=interleaved,
+            CONJUGATE=interleaved, BLOCK_H=2, BLOCK_M=8, BLOCK_K=64,
+        )  # fmt: skip
+        args = (
+            ops.q,
+            ops.q,
+            cos,
+            cos,
+            None,
+            offsets,
+            problem.max_q,
+            problem.heads,
+            problem.max_q,
+            strides,
+            strides,
+        )
+        yield Launch(rotary_kernel, (1, 1, 1), args, constants, 4, 2)
+
+
+FEW_QUERIES = [
+    case._replace(max_q=3, packed_q=case.packed_q and (3, 1, 0))
+    for case in FEATURES + CACHE
+    if not case.dropout_p
+]
+
+
 # name of the kernel -> (function from (problem, operands) to the launches to compile, cases)
 KERNELS = {
     "forward": (forward, FEATURES + CACHE),
+    "forward_split": (forward_split, FEATURES[:2]),
+    "backward": (backward, FEATURES),
+    "decode": (decode, FEW_QUERIES),
+    "append": (append, CACHE),
+    "rotary": (rotary, FEATURES[:1]),
 }
 
 
