@@ -61,22 +61,22 @@ def assert_as_close_as_torch(
     same_precision_torch: Tensor,
     factor: float = 2.0,
     name: str = "result",
-    step: float | None = None,
+    step: float = 0.0,
 ) -> None:
     """Error of `got` <= factor * error of `same_precision_torch` + one rounding step.
 
     Args:
         want: the same in fp64.
         same_precision_torch: what PyTorch gives in the precision that made `got`.
-        step: what one rounding may change; default: the spacing of numbers at the largest element.
+        step: what rounding the inputs of a cancellation may change. A rounding step is at least the spacing of
+            numbers of the type of `got` at the largest element.
 
     Raises:
         AssertionError: with both errors. NaN, and an infinity where `want` has none, never pass.
     """
     error, allowed = max_error(got, want), max_error(same_precision_torch, want)
-    if step is None:
-        finite = want.detach().double().abs().nan_to_num(posinf=0.0, neginf=0.0)
-        step = torch.finfo(got.dtype).eps * (finite.max().item() if finite.numel() else 0.0)
+    finite = want.detach().double().abs().nan_to_num(posinf=0.0, neginf=0.0)
+    step = max(step, torch.finfo(got.dtype).eps * (finite.max().item() if finite.numel() else 0.0))
     if not error <= factor * allowed + step:
         raise AssertionError(
             f"{name}: error {error:.3g} exceeds {factor:g} x {allowed:.3g} (PyTorch in {got.dtype}) + {step:.3g}"
@@ -93,23 +93,22 @@ def assert_gradients_as_close_as_torch(
 ) -> None:
     """The same for dq, dk, dv and dsink of a whole forward and backward.
 
-    For 16-bit types PyTorch is autograd of a plain attention. For float32 it is the backward formula evaluated in
-    that type on whole matrices, and a rounding step is the most that rounding q, k, v, out, lse and
-    dout once changes, in four random directions. Autograd would be no yardstick there: it forms rowsum(P * dP)
-    instead of rowsum(dO * O), which cancels to the bit in a row that sees one key, and nothing that starts from
-    out and lse can do that.
+    For 16-bit types PyTorch is autograd of a plain attention; for float32 it is the backward formula evaluated in
+    that type on whole matrices. A rounding step is at least the most that rounding q, k, v, out, lse and dout to the
+    type of the arithmetic changes, in four random directions: autograd forms rowsum(P * dP) instead of
+    rowsum(dO * O), which cancels to the bit in a row that sees one key, and nothing that starts from out and lse can
+    do that.
     """
     out, lse = oracle.forward(problem, ops)
     want = oracle.backward(problem, ops, out, lse, dout, dlse)
-    steps: list[float | None] = [None] * 4
     if problem.dtype.itemsize == 2:
         plain = eager.backward(problem, ops, dout, dlse)
     else:
         plain = oracle.backward(problem, ops, *eager.forward(problem, ops), dout, dlse, problem.dtype)
-        nudged = [_nudged_backward(problem, ops, out, lse, dout, dlse, seed) for seed in range(4)]
-        steps = [
-            None if w is None else max(max_error(_there(n[i]), w) for n in nudged) for i, w in enumerate(want)
-        ]
+    nudged = [_nudged_backward(problem, ops, out, lse, dout, dlse, seed) for seed in range(4)]
+    steps = [
+        0.0 if w is None else max(max_error(_there(n[i]), w) for n in nudged) for i, w in enumerate(want)
+    ]
     for name, g, w, t, step in zip(want._fields, got, want, plain, steps, strict=True):
         if w is None or t is None:
             assert g is None, f"{name}: a gradient that nobody asked for"
@@ -126,12 +125,13 @@ def _there(x: Tensor | None) -> Tensor:
 def _nudged_backward(
     problem: Problem, ops: Operands, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, seed: int
 ) -> Gradients:
-    """The oracle's gradients when every element that enters is one rounding step larger or smaller."""
+    """The oracle's gradients when all that enters is one rounding step of the arithmetic larger or smaller."""
     generator = torch.Generator().manual_seed(seed)
+    eps = torch.finfo(torch.promote_types(torch.float32, problem.dtype)).eps
 
     def nudge(x: Tensor) -> Tensor:
         sign = torch.randint(0, 2, x.shape, generator=generator).to(x.device) * 2 - 1
-        return x.double() * (1 + torch.finfo(problem.dtype).eps * sign)
+        return x.double() * (1 + eps * sign)
 
     ops = ops._replace(q=nudge(ops.q), k=nudge(ops.k), v=nudge(ops.v))
     return oracle.backward(problem, ops, nudge(out), nudge(lse), nudge(dout), dlse)
