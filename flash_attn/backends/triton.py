@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+from functools import lru_cache
+from types import ModuleType
 
 from torch import Tensor
 
@@ -27,17 +29,19 @@ def supports(problem: Problem, direction: str) -> str | None:
             return f"needs compute capability {OLDEST[0]}.{OLDEST[1]}, {found.name} has {found.capability}"
     elif problem.device != "xpu":
         return f"runs on cuda, hip and xpu devices, not on {problem.device}"
-    if direction == "forward":
-        from flash_attn.forward import launch
-    else:
-        from flash_attn.backward import launch
-    return launch.supports(problem)
+    return importlib.import_module(f"flash_attn.{direction}.launch").supports(problem)
 
 
 def forward(problem: Problem, ops: Operands) -> tuple[Tensor, Tensor]:
+    return _schedule(problem, ops.q.get_device()).forward(problem, ops)
+
+
+@lru_cache(maxsize=4096)
+def _schedule(problem: Problem, index: int) -> ModuleType:
+    """The module that runs the forward on GPU `index`, the current one: few query rows have a kernel of their own."""
     from flash_attn.forward import decode, launch
 
-    return (decode if decode.wants(problem) else launch).forward(problem, ops)
+    return decode if decode.wants(problem) else launch
 
 
 def backward(

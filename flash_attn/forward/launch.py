@@ -210,4 +210,5 @@ def section(problem: Problem) -> int:
 
 def strides(x: Tensor) -> tuple[int, int, int]:
     """(batch, row, head); a packed tensor has batch stride 0. Pages are a batch of page_size rows."""
-    return x.stride()[:3] if x.dim() == 4 else (0, *x.stride()[:2])
+    batch, row, head = x.stride()[:3] if x.dim() == 4 else (0, *x.stride()[:2])
+    return batch, row, head
