@@ -12,6 +12,8 @@ from flash_attn.backends import empty
 from flash_attn.errors import UnsupportedError
 from flash_attn.problem import Append, Operands, Problem
 
+_HERE = nullcontext()
+
 
 class _Call(NamedTuple):
     """All of a call but the tensors that can have a gradient."""
@@ -97,7 +99,7 @@ def on_device(device_type: str, index: int | None) -> AbstractContextManager[Any
     """Make GPU `index` current where it is not: kernels launch on the current device."""
     if device_type == "cuda" and index != torch.cuda.current_device():
         return torch.cuda.device(index)
-    return nullcontext()
+    return _HERE
 
 
 def _inputs(ops: Operands, packed: Tensor | None) -> tuple[Tensor, ...]:
