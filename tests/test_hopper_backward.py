@@ -14,7 +14,9 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from flash_attn.backends import hopper as backend  # noqa: E402
 from flash_attn.backward import hopper_launch, hopper_tiles  # noqa: E402
 from flash_attn.backward.hopper_launch import Features  # noqa: E402
+from flash_attn.reference import attention as oracle  # noqa: E402
 from flash_attn.utils import device, launcher  # noqa: E402
+from flash_attn.utils.testing import nan_empty  # noqa: E402
 
 HALF = dict(dtype=torch.bfloat16, heads=4, kv_heads=2, max_q=300, max_k=500, head_dim=64)
 compiles = [
@@ -132,6 +134,77 @@ def test_tiles_cover_the_mask_and_take_turns(head_dim, left, right):
                 whole_lo, whole_hi = unmasked_range(key0, BN // 2, M, N, band, hi, F, T)
                 for m in range(max(lo, whole_lo), min(hi, whole_hi)):
                     assert key0 + BN // 2 <= N and sees[m * BM : (m + 1) * BM, key0 : key0 + BN // 2].all()
+
+
+def fragments(x: torch.Tensor) -> torch.Tensor:
+    """A (64, columns) piece of dQ in the order of a warpgroup's accumulator: [column / 8, warp, r, t, lower, 2]."""
+    return x.view(4, 2, 8, x.shape[1] // 8, 4, 2).permute(3, 0, 2, 4, 1, 5).reshape(-1)
+
+
+@pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="runs Triton kernels in the interpreter"
+)
+@pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # range over a loaded number
+@pytest.mark.parametrize("head_dim, head_dim_v", [(64, 64), (96, 96), (256, 128)])
+@pytest.mark.parametrize("packed", [None, (70, 1, 0, 130)])
+def test_the_kernels_around_the_main_one(head_dim, head_dim_v, packed):
+    """The main kernel replaced by the oracle: it must find the row statistics and zeros, and its sums must reach dq."""
+    what = (
+        dict(packed_q=packed, packed_k=packed, batch=4, max_q=130, max_k=130)
+        if packed
+        else dict(max_q=150, max_k=90)
+    )
+    case = Case("x", causal=True, sink=True, head_dim_v=head_dim_v,
+                **HALF | dict(heads=2, kv_heads=1, head_dim=head_dim) | what)  # fmt: skip
+    built = build(case)
+    p, ops = case.problem("cuda"), built.operands
+    out, lse = oracle.forward(built.problem, ops)
+    dout, dlse = torch.randn(out.shape).bfloat16(), torch.randn(lse.shape)
+    want = oracle.backward(built.problem, ops, out.bfloat16(), lse.float(), dout, dlse)
+    T = hopper_launch.schedule(p)._replace(FINISH=False)
+    columns = T.D if T.BLOCK_M == 128 else T.D // 2
+    starts = [b * p.max_q for b in range(p.batch + 1)] if packed is None else ops.cu_seqlens_q.tolist()
+    flat = lambda x: x.flatten(0, 1) if packed is None else x  # noqa: E731  rows of all sequences in one dimension
+    by_head = lambda x: x.transpose(0, 1).flatten(1) if packed is None else x  # noqa: E731
+    delta = (flat(dout).double() * flat(out.bfloat16()).double()).sum(-1).T - by_head(dlse)
+
+    def run(kernel, grid, args, constants, *_):
+        if kernel.__name__ != "attn_bwd_hopper":
+            return kernel[grid](*args, **constants)
+        given = dict(zip(kernel.arg_names, args, strict=False))
+        tiles = given["sizes"][7]
+        stats = given["stats_desc"].base.view(p.heads, tiles, 2, T.BLOCK_M)
+        sums = given["dq_acc"].view(p.heads, tiles, 2, 64 * columns)
+        assert stats.data_ptr() != sums.data_ptr() and (given["arrivals"] == 0).all()
+        for b, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
+            first = b * -(-p.max_q // T.BLOCK_M) if packed is None else start // T.BLOCK_M + b
+            for m in range(-(-(end - start) // T.BLOCK_M)):
+                rows = slice(start + m * T.BLOCK_M, min(end, start + (m + 1) * T.BLOCK_M))
+                n = rows.stop - rows.start
+                of_lse, of_delta = stats[:, first + m, 0], stats[:, first + m, 1]
+                unit = 1.4426950408889634 if T.D == 256 else 1 / p.scale
+                torch.testing.assert_close(
+                    of_lse[:, :n].double(), -by_head(lse)[:, rows] * unit, rtol=1e-5, atol=1e-5
+                )
+                torch.testing.assert_close(of_delta[:, :n].double(), -delta[:, rows], rtol=1e-5, atol=1e-5)
+                assert (of_lse[:, n:] == -torch.inf).all() and (of_delta[:, n:] == 0).all()
+                assert (sums[:, first + m] == 0).all()
+                dq = torch.zeros(p.heads, T.BLOCK_M, T.D)
+                dq[:, :n, :head_dim] = flat(want.dq)[rows].transpose(0, 1) / p.scale
+                for h in range(p.heads):
+                    halves = dq[h].split(64) if T.BLOCK_M == 128 else dq[h].split(columns, 1)
+                    for w in range(2):
+                        sums[h, first + m, w] = fragments(halves[w].contiguous())
+
+    with pytest.MonkeyPatch.context() as patch, nan_empty():
+        patch.setattr(hopper_launch, "_launch", run)
+        plan = hopper_launch.plan(p, T)
+        patch.setattr(hopper_launch, "plan", lambda _: plan)
+        got = hopper_launch.backward(p, ops, out.bfloat16(), lse.float(), dout, dlse)
+    torch.testing.assert_close(got.dq.double(), want.dq, rtol=2**-7, atol=1e-6)
+    torch.testing.assert_close(got.dsink.double(), want.dsink.double(), rtol=1e-3, atol=1e-3)
+    if packed is not None:
+        assert (got.dk[starts[-1] :] == 0).all() and (got.dv[starts[-1] :] == 0).all()
 
 
 def compiled(case: Case):

@@ -37,6 +37,7 @@ class Schedule(NamedTuple):
     DS_STAGES: int  # dS buffers
     PREFETCH: bool  # load the initial S accumulator one step ahead
     FINISH: bool  # the last program of a (batch, kv head) converts dQ; else a kernel after this one
+    DEFER: bool = False  # dQ of a step is computed in the next one
     ORDERED: bool = False  # programs add to dQ in a fixed order
 
 
@@ -223,8 +224,8 @@ def backward(
     tiles = query_tiles(problem, ops.q.shape[0], T.BLOCK_M)
     padded = problem.heads * tiles * T.BLOCK_M
     work = Workspace(
-        torch.empty(padded * T.D, dtype=torch.float32, device=device),
         torch.empty(padded * 2, dtype=torch.float32, device=device),
+        torch.empty(padded * T.D, dtype=torch.float32, device=device),
         torch.empty(problem.batch * problem.kv_heads * 2, dtype=torch.int32, device=device),
         torch.empty(problem.heads * tiles * 2, dtype=torch.int32, device=device) if T.ORDERED else None,
         tiles,
@@ -240,8 +241,8 @@ def backward(
 
 
 class Workspace(NamedTuple):
-    dq_acc: Tensor  # fp32 sums of dQ, padded query tiles in the order of an accumulator
     stats: Tensor  # fp32 per padded query tile: BLOCK_M of -lse, BLOCK_M of -delta
+    dq_acc: Tensor  # fp32 sums of dQ, padded query tiles in the order of an accumulator
     arrivals: Tensor  # int32 (batch, kv_heads, 2): programs that are done, per warpgroup
     turns: Tensor | None  # int32 (heads, tiles, 2): programs that have added to a piece of dQ
     tiles: int  # padded query tiles a head
@@ -273,7 +274,8 @@ def _before(problem, p, ops, out, lse, dout, dlse, work) -> Tensor | None:
     # the main kernel adds outer * (q.k + initial value), or with a softcap or at 256 uses the base-2 lse itself
     lse_scale = LOG2E if T.D == 256 or problem.softcap > 0 else 1.0 / problem.scale
     args = (
-        out, dout, lse, dlse, ops.sink, *work[:4], parts, _strides(out, packed), _strides(dout, packed),
+        out, dout, lse, dlse, ops.sink, work.stats, work.dq_acc, work.arrivals, work.turns, parts,
+        _strides(out, packed), _strides(dout, packed),
         _row_strides(lse, packed), _row_strides(dlse, packed), (ops.cu_seqlens_q, ops.seqused_q),
         (problem.max_q, problem.heads, problem.kv_heads, work.tiles), problem.head_dim_v, lse_scale,
     )  # fmt: skip

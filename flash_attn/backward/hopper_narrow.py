@@ -21,6 +21,7 @@ from flash_attn.backward.hopper_tiles import (
     BAR_DQ,
     BAR_DS,
     BAR_Q,
+    BAR_READY,
     box,
     finish_dq,
     needs_mask,
@@ -106,6 +107,12 @@ def consume(work, WG: gl.constexpr, F: gl.constexpr, T: gl.constexpr):
     dv = gl.zeros([64, DV], gl.float32, VL)
     m = m_lo
     qt = hk * group * sizes[7] + tile0 + m
+    before = qt
+    if T.DEFER:
+        # the first step adds the dQ of nothing
+        ds_s.index(2 * (T.DS_STAGES - 1) + WG).store(gl.zeros([64, BLOCK_M], dtype, SL))
+        fence_async_shared()
+        barrier_arrive(BAR_READY + WG + 2, 256)
     if total > 0:
         mbarrier.wait(kv_full.index(0), 0)
         if T.PREFETCH:
@@ -141,14 +148,26 @@ def consume(work, WG: gl.constexpr, F: gl.constexpr, T: gl.constexpr):
         ds16 = dcapped(p * dp, x, F).to(dtype)
         ds_r = gl.convert_layout(ds16, gl.DotOperandLayout(0, KL, 2), assert_trivial=True)
         slot = it % T.DS_STAGES
-        ds_s.index(slot * 2 + WG).store(ds16)
-        fence_async_shared()
-        barrier_sync(BAR_DS, 256)
-        ds0, ds1, k0, k1 = _dq_operands(ds_s, k_s, slot, WG, COLS, T)
+        if T.DEFER:
+            if T.DS_STAGES == 3:
+                ds_s.index(slot * 2 + WG).store(ds16)
+                fence_async_shared()
+            barrier_sync(BAR_READY + (1 - WG) + 2 * ((it + 1) % 2), 256)
+            ds0, ds1, k0, k1 = _dq_operands(ds_s, k_s, (it + T.DS_STAGES - 1) % T.DS_STAGES, WG, COLS, T)
+        else:
+            ds_s.index(slot * 2 + WG).store(ds16)
+            fence_async_shared()
+            barrier_sync(BAR_DS, 256)
+            ds0, ds1, k0, k1 = _dq_operands(ds_s, k_s, slot, WG, COLS, T)
         part = warpgroup_mma(ds0, k0, gl.zeros([64, COLS], gl.float32, QL), use_acc=False, is_async=True)
         part = warpgroup_mma(ds1, k1, part, is_async=True)
         dk = warpgroup_mma(ds_r, q, dk, is_async=True)
+        if T.DEFER and T.DS_STAGES == 2:
+            ds_s.index(slot * 2 + WG).store(ds16)
+            fence_async_shared()
         dv, part = warpgroup_mma_wait(1, deps=(dv, part))
+        if T.DEFER:
+            barrier_arrive(BAR_READY + WG + 2 * (it % 2), 256)
         barrier_arrive(BAR_DO + st, 288)
         if T.ORDERED:
             mbarrier.wait(bars[3].index(WG), (it & 1) ^ 1)
@@ -159,7 +178,10 @@ def consume(work, WG: gl.constexpr, F: gl.constexpr, T: gl.constexpr):
         if T.ORDERED:
             barrier_arrive(BAR_DQ + WG, 160)
         else:
-            tma_reduce_add(dq_desc, [(qt * 2 + WG) * (64 * COLS // 256), 0], dq_s.index(WG))
+            tma_reduce_add(
+                dq_desc, [((before if T.DEFER else qt) * 2 + WG) * (64 * COLS // 256), 0], dq_s.index(WG)
+            )
+        before = qt
         if T.PREFETCH:
             ahead = (it + 1) % STAGES
             mbarrier.wait(q_full.index(ahead), ((it + 1) // STAGES) & 1)
@@ -171,6 +193,18 @@ def consume(work, WG: gl.constexpr, F: gl.constexpr, T: gl.constexpr):
         if m == m_hi:
             m = m_lo
             qt += sizes[7] - (m_hi - m_lo)
+    if T.DEFER:  # noqa: SIM102
+        if total > 0:
+            slot = (total - 1) % T.DS_STAGES
+            barrier_sync(BAR_READY + (1 - WG) + 2 * ((total - 1) % 2), 256)
+            ds0, ds1, k0, k1 = _dq_operands(ds_s, k_s, slot, WG, COLS, T)
+            part = warpgroup_mma(ds0, k0, gl.zeros([64, COLS], gl.float32, QL), use_acc=False, is_async=True)
+            part = warpgroup_mma(ds1, k1, part, is_async=True)
+            part = warpgroup_mma_wait(0, deps=(part,))
+            tma.store_wait(0)
+            dq_s.index(WG).store(fragment_rows(part, COLS // 8))
+            fence_async_shared()
+            tma_reduce_add(dq_desc, [(before * 2 + WG) * (64 * COLS // 256), 0], dq_s.index(WG))
     barrier_sync(BAR_DS, 256)  # the other warpgroup has read its last K, and this one's dS
     n, hk, pair, q_side, k_side = place(program_again(), seqs, sizes, F, T)
     row, slot = n * T.BLOCK_N + WG * 64, k_side[2]

@@ -25,6 +25,7 @@ from flash_attn.tile.rows import sequence
 BAR_Q: gl.constexpr = gl.constexpr(12)  # + stage: Q (and the row statistics) may be overwritten
 BAR_DO: gl.constexpr = gl.constexpr(14)  # + stage: dO may be overwritten
 BAR_DS: gl.constexpr = gl.constexpr(11)  # both warpgroups have written their part
+BAR_READY: gl.constexpr = gl.constexpr(5)  # + warpgroup + 2 * slot
 BAR_WG: gl.constexpr = gl.constexpr(9)  # + warpgroup: private
 BAR_DQ: gl.constexpr = gl.constexpr(7)  # + warpgroup: its piece of dQ waits for the writer warp (160 threads)
 
