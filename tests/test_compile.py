@@ -75,7 +75,7 @@ def backward(problem, ops):
 def decode(problem, ops):
     from flash_attn.forward import decode
 
-    for spans in (1, 4):
+    for spans in (1, 4) if problem.causal else (4,):
         out, lse = decode.outputs(problem, ops.q, spans)
         yield from decode.plan(problem, ops, out, lse, decode.choose(problem)[0][0], spans)
 
@@ -121,10 +121,15 @@ def rotary(problem, ops):
         yield Launch(rotary_kernel, (1, 1, 1), args, constants, 4, 2)
 
 
+FEW = dict(max_q=3)
 FEW_QUERIES = [
-    case._replace(max_q=3, packed_q=case.packed_q and (3, 1, 0))
-    for case in FEATURES + CACHE
-    if not case.dropout_p
+    FEATURES[0]._replace(**FEW),
+    FEATURES[2]._replace(window=(99, 0), **FEW),
+    Case("packed_used", batch=3, head_dim=64, packed_q=(3, 1, 0), seqused_k=(200, 7, 3), **HALF | FEW),
+    Case("fp32_head_dim_512", head_dim=512, **HALF | FEW | dict(dtype=torch.float32)),
+    CACHE[0]._replace(head_dim=40, **FEW),
+    CACHE[1]._replace(**FEW),
+    CACHE[2]._replace(leftpad=(3, 0), **FEW),
 ]
 
 
