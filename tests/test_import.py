@@ -43,12 +43,12 @@ print('triton' in sys.modules)
 
 
 def test_import_is_quick():
-    """Under 0.3 s beyond torch, best of three (a busy machine delays any one of them)."""
+    """Under 0.3 s beyond torch, in processor time: another process on the machine must not decide this."""
     code = """
 import torch, time
-start = time.perf_counter()
+start = time.process_time()
 import flash_attn
-print(time.perf_counter() - start)
+print(time.process_time() - start)
 """
     assert min(float(python(code)) for _ in range(3)) < 0.3
 
