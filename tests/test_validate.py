@@ -5,7 +5,7 @@ from pathlib import Path
 import cases
 import pytest
 import torch
-from error_cases import ERROR_CASES, call, document, valid
+from error_cases import ERROR_CASES, VAR, call, document, valid
 
 import flash_attn
 from flash_attn import validate
@@ -118,6 +118,46 @@ def test_descriptions_of_named_cases(case, monkeypatch):
     for name, want, got in zip(built.operands._fields, built.operands, seen["ops"], strict=True):
         if name != "rng_state":  # drawn later
             assert got is want, name
+
+
+@pytest.mark.parametrize("case", [c for c in cases.CASES if not c.batch_idx], ids=cases.ids)
+def test_descriptions_of_every_storage(case):
+    """`describe_varlen` says everything but a cache index, also what only other front ends ask for."""
+    built = cases.build(case)
+    ops, packed_q, packed_k = built.operands, case.packed_q is not None, case.packed_k is not None
+    problem, got = describe_varlen(
+        ops.q, ops.k, ops.v, ops.cu_seqlens_q, ops.cu_seqlens_k, case.max_q if packed_q else None,
+        case.max_k if packed_k else None, case.dropout_p, case.scale, case.causal, case.window, case.softcap,
+        ops.alibi_slopes, case.deterministic, ops.block_table, seqused_q=ops.seqused_q, seqused_k=ops.seqused_k,
+        leftpad_k=ops.leftpad_k, sink=ops.sink,
+    )  # fmt: skip
+    assert problem == built.problem
+    for name, want, x in zip(ops._fields, ops, got, strict=True):
+        assert name == "rng_state" or x is want, name
+
+
+VARLEN_ERRORS = {
+    "block_table needs cu_seqlens_k or seqused_k": ("varlen paged", lambda a: dict(cu_seqlens_k=None)),
+    "seqused_q must have dtype int32": (VAR, lambda a: dict(seqused_q=torch.tensor([1, 2]))),
+    r"seqused_q\[1\] must lie in \[0, 4\]": (VAR, lambda a: dict(seqused_q=torch.tensor([5, 5]).int())),
+    r"seqused_k\[0\] must lie in \[0, 8\]": (VAR, lambda a: dict(seqused_k=torch.tensor([9, 6]).int())),
+    r"leftpad_k\[1\] must lie in \[0, 6\]": (VAR, lambda a: dict(leftpad_k=torch.tensor([0, 7]).int())),
+    "seqused_k must have shape": (VAR, lambda a: dict(seqused_k=torch.tensor([1]).int())),
+    r"sink must have shape \(num_heads,\) with num_heads 4, got \(3,\)": (
+        VAR,
+        lambda a: dict(sink=torch.zeros(3)),
+    ),
+    "sink must have a floating point dtype": (VAR, lambda a: dict(sink=torch.zeros(4).int())),
+    "sink must be on the device of q": (VAR, lambda a: dict(sink=torch.zeros(4, device="meta"))),
+}
+
+
+@pytest.mark.parametrize("message", VARLEN_ERRORS)
+def test_errors_of_what_has_no_public_name(message):
+    function, change = VARLEN_ERRORS[message]
+    kwargs = valid(function)
+    with pytest.raises(FlashAttnError, match=message):
+        describe_varlen(**kwargs | change(kwargs))
 
 
 def test_a_described_call_is_remembered_and_a_changed_one_is_not_mistaken_for_it():
