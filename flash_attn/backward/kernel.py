@@ -54,9 +54,11 @@ class Tiling(NamedTuple):
 
 @triton.jit
 def _locate(
-    cu_seqlens, pid, blocks, heads, batch, max_len, total, REVERSED: tl.constexpr, BLOCK: tl.constexpr
-):
-    """(head, sequence, block in it, its first row, rows it owns, rows in use) of program `pid`.
+    cu_seqlens, cu_others, pid, blocks, heads, batch, max_len, max_other, total,
+    REVERSED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Where program `pid` works: (head, sequence, block in it, first row, rows it owns, rows in use, first row and
+    length of the other side).
 
     The blocks of a head come one after the other, from the last if REVERSED. The rows behind the last packed sequence
     are owned by it too (they want zeros), none of them in use.
@@ -68,14 +70,17 @@ def _locate(
         head, b = pid % heads, pid // heads
         start, owned = 0, max_len
         used = owned
+        other, other_len = sequence(cu_others, None, max_other, b)
     else:
         head = pid
-        b, block = packed_tile(cu_seqlens, batch, block, BLOCK)
-        start = tl.load(cu_seqlens + b)
-        owned = tl.load(cu_seqlens + b + 1, mask=b < batch, other=total) - start
+        b, block, start, owned, other, other_len = packed_tile(
+            cu_seqlens, cu_others, batch, total, block, BLOCK
+        )
         used = tl.where(b < batch, owned, 0)
         b = tl.minimum(b, batch - 1)
-    return head.to(tl.int64), b.to(tl.int64), block, start, owned, used
+        if cu_others is None:
+            other_len = max_other
+    return head.to(tl.int64), b.to(tl.int64), block, start, owned, used, other, other_len
 
 
 @triton.jit
@@ -163,17 +168,17 @@ def _inner(a, b, C2: tl.constexpr, T: tl.constexpr):
 
 
 @triton.jit
-def _p_and_ds(
-    qk, dp, r, c, M, N, lse2, delta, kept, factors, slope, band, F: tl.constexpr, MASKED: tl.constexpr
-):
+def _p_and_ds(qk, dp, r, c, M, N, lse2, delta, kept, factors, slope, band, edge, F: tl.constexpr):
     """(dropped-out P, dS) of a tile, either way round: r, lse2 and delta broadcast along keys, c along rows.
 
+    The mask is applied where `edge`, a uniform condition: one loop with a branch instead of one loop for each kind
+    of tile, because each loop starts its own pipeline.
     Both lack the factor 1 / (1 - dropout_p) and dS the factor `scale`; whole gradients get them at the end.
     """
     x = capped(qk, factors[0], F)
     s = biased(x, factors[1], r, c, M, N, slope, F)
     p = tl.math.exp2(s - lse2)
-    if MASKED:
+    if edge:
         p = tl.where(keep(r, c, M, N, band, F), p, 0.0)
     if F.dropout:
         ds = p * (tl.where(kept, dp, 0.0) - delta)
@@ -231,21 +236,21 @@ def _store(
 
 @triton.jit
 def _over_rows(
-    dk, dv, k_tile, v_tile, q, do, q_rows, do_rows, q_stride, do_stride, lse2_at, delta_at, c, col_lo, lo, hi, M, N, bh,
-    factors, slope, band, rng, threshold, F: tl.constexpr, MASKED: tl.constexpr, T: tl.constexpr,
+    dk, dv, k_tile, v_tile, q, do, q_rows, do_rows, q_stride, do_stride, lse2_at, delta_at, c, col_lo, span, M, N, bh,
+    factors, slope, band, rng, threshold, F: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """Add the rows [lo, hi) of one head to dk and dv.
+    """Add the rows [span[0], span[3]) of one head to dk and dv; [span[1], span[2]) see all keys of the block.
 
     Transposed, S^T, P^T and dS^T stay in registers, and the products that use them run while the next tile is
     prepared. With rows first P and dS go through shared memory, but lse and delta take one register per row of a
     thread, and the head dim is the long side of the products: it fills two warp groups where 64 keys do not.
     """
-    for m in range(lo, hi, T.block_m):
+    for m in range(span[0], span[3], T.block_m):
         r = m + tl.arange(0, T.block_m)
         q_tile = _load(q + m * q_stride, q_rows, r < M, T.D, T.d1, T.d2)
         do_tile = _load(do + m * do_stride, do_rows, r < M, T.DV, T.v1, T.v2)
         lse2, delta = tl.load(lse2_at + r), tl.load(delta_at + r)
-        kept = None
+        edge, kept = (m < span[1]) | (m >= span[2]), None
         if T.rows_first:
             qk, dp = (
                 _inner(q_tile, k_tile, T.d2, T),
@@ -255,7 +260,7 @@ def _over_rows(
                 kept = keep_tile(rng, bh, r, col_lo, threshold, T.block_n)
             p, ds = _p_and_ds(
                 qk, dp, r[:, None], c[None, :], M, N, lse2[:, None], delta[:, None], kept, factors, slope, band,
-                F, MASKED,
+                edge, F,
             )  # fmt: skip
             dv = _plus_transposed(dv, p, do_tile, T.v2, T)
             dk = _plus_transposed(dk, ds, q_tile, T.d2, T)
@@ -268,7 +273,7 @@ def _over_rows(
                 kept = keep_tile_t(rng, bh, r, col_lo, threshold, T.block_n)
             p, ds = _p_and_ds(
                 qk, dp, r[None, :], c[:, None], M, N, lse2[None, :], delta[None, :], kept, factors, slope, band,
-                F, MASKED,
+                edge, F,
             )  # fmt: skip
             dv = _plus(dv, p, do_tile, T.v2, T)
             dk = _plus(dk, ds, q_tile, T.d2, T)
@@ -294,12 +299,14 @@ def attn_bwd_dkdv(
     BLOCK_M: tl.constexpr = T.block_m
     BLOCK_N: tl.constexpr = T.block_n
     kv_heads = sizes[3] // sizes[2]
-    kv_head, b, block, start_k, owned, N = _locate(
-        lengths[1], tl.program_id(0), sizes[5], kv_heads, sizes[4], sizes[1], sizes[6], False, BLOCK_N
-    )
+    kv_head, b, block, start_k, owned, N, start_q, M = _locate(
+        lengths[1], lengths[0], tl.program_id(0), sizes[5], kv_heads, sizes[4], sizes[1], sizes[0], sizes[6],
+        False, BLOCK_N,
+    )  # fmt: skip
     col_lo = block * BLOCK_N
     if col_lo < owned:
-        start_q, M = sequence(lengths[0], lengths[2], sizes[0], b)
+        if lengths[2] is not None:
+            M = tl.load(lengths[2] + b)
         start_k, owned, N = _used_keys(start_k, owned, N, lengths[3], lengths[4], b)
         c = col_lo + tl.arange(0, BLOCK_N)
         k_rows, v_rows = row_offsets(c, start_k, b, k_strides), row_offsets(c, start_k, b, v_strides)
@@ -336,18 +343,11 @@ def attn_bwd_dkdv(
             slope = 0.0
             if F.alibi:
                 slope = tl.load(alibi[0] + b * alibi[1] + head) * LOG2E
-            for span in tl.static_range(3 if F.left else 2):
-                if span == 0:
-                    m0, m1 = lo, a
-                elif span == 1:
-                    m0, m1 = a, z
-                else:
-                    m0, m1 = z, hi
-                dk_acc, dv_acc = _over_rows(
-                    dk_acc, dv_acc, k_tile, v_tile, q_at, do_at, q_rows, do_rows,
-                    q_strides[1], dout_strides[1], lse2_at, delta_at, c, col_lo, m0, m1, M, N, b * sizes[3] + head,
-                    factors, slope, band, rng, threshold, F, span != 1, T,
-                )  # fmt: skip
+            dk_acc, dv_acc = _over_rows(
+                dk_acc, dv_acc, k_tile, v_tile, q_at, do_at, q_rows, do_rows, q_strides[1], dout_strides[1],
+                lse2_at, delta_at, c, col_lo, (lo, a, z, hi), M, N, b * sizes[3] + head, factors, slope, band,
+                rng, threshold, F, T,
+            )  # fmt: skip
 
         dk_rows, dv_rows = row_offsets(c, start_k, b, dk_strides), row_offsets(c, start_k, b, dv_strides)
         dk += kv_head * dk_strides[2]
@@ -358,21 +358,21 @@ def attn_bwd_dkdv(
 
 @triton.jit
 def _over_keys(
-    dq, q_tile, do_tile, k, v, k_rows, v_rows, k_stride, v_stride, lse2, delta, r, lo, hi, M, N, bh,
-    factors, slope, band, rng, threshold, F: tl.constexpr, MASKED: tl.constexpr, T: tl.constexpr,
+    dq, q_tile, do_tile, k, v, k_rows, v_rows, k_stride, v_stride, lse2, delta, r, span, M, N, bh,
+    factors, slope, band, rng, threshold, F: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """Add the keys [lo, hi) to dq."""
-    for n in range(lo, hi, T.block_n):
+    """Add the keys [span[0], span[3]) to dq; all rows see those of [span[1], span[2])."""
+    for n in range(span[0], span[3], T.block_n):
         c = n + tl.arange(0, T.block_n)
         k_tile = _load(k + n * k_stride, k_rows, c < N, T.D, T.d1, T.d2)
         v_tile = _load(v + n * v_stride, v_rows, c < N, T.DV, T.v1, T.v2)
         qk = _inner(q_tile, k_tile, T.d2, T)  # [block_m, block_n] fp32
         dp = _inner(do_tile, v_tile, T.v2, T)
-        kept = None
+        edge, kept = (n < span[1]) | (n >= span[2]), None
         if F.dropout:
             kept = keep_tile(rng, bh, r, n, threshold, T.block_n)
         p, ds = _p_and_ds(
-            qk, dp, r[:, None], c[None, :], M, N, lse2[:, None], delta[:, None], kept, factors, slope, band, F, MASKED
+            qk, dp, r[:, None], c[None, :], M, N, lse2[:, None], delta[:, None], kept, factors, slope, band, edge, F
         )  # fmt: skip
         dq = _plus(dq, ds, k_tile, T.d2, T)
     return dq
@@ -412,14 +412,14 @@ def attn_bwd_dq(
     BLOCK_M: tl.constexpr = T.block_m
     BLOCK_N: tl.constexpr = T.block_n
     # the last rows see the most keys: longest first
-    head, b, block, start_q, owned, M = _locate(
-        lengths[0], tl.program_id(0), sizes[5], sizes[3], sizes[4], sizes[0], sizes[6], F.right, BLOCK_M
-    )
+    head, b, block, start_q, owned, M, start_k, N = _locate(
+        lengths[0], lengths[1], tl.program_id(0), sizes[5], sizes[3], sizes[4], sizes[0], sizes[1], sizes[6],
+        F.right, BLOCK_M,
+    )  # fmt: skip
     row_lo = block * BLOCK_M
     if row_lo < owned:
         if lengths[2] is not None:
             M = tl.minimum(M, tl.load(lengths[2] + b))
-        start_k, N = sequence(lengths[1], None, sizes[1], b)
         start_k, _, N = _used_keys(start_k, N, N, lengths[3], lengths[4], b)
         r = row_lo + tl.arange(0, BLOCK_M)
         q_rows, do_rows = row_offsets(r, start_q, b, q_strides), row_offsets(r, start_q, b, dout_strides)
@@ -468,17 +468,9 @@ def attn_bwd_dq(
         k_at = k + b * k_strides[0] + start_k * k_strides[1] + kv_head * k_strides[2]
         v_at = v + b * v_strides[0] + start_k * v_strides[1] + kv_head * v_strides[2]
         acc = _zeros(BLOCK_M, T.d1, T.d2, False)
-        for span in tl.static_range(0 if F.left else 1, 3):
-            if span == 0:
-                n0, n1 = lo, a
-            elif span == 1:
-                n0, n1 = a, z
-            else:
-                n0, n1 = z, hi
-            acc = _over_keys(
-                acc, q_tile, do_tile, k_at, v_at, k_rows, v_rows, k_strides[1], v_strides[1],
-                lse2, delta, r, n0, n1, M, N, b * sizes[3] + head, factors, slope, band, rng, threshold,
-                F, span != 1, T,
-            )  # fmt: skip
+        acc = _over_keys(
+            acc, q_tile, do_tile, k_at, v_at, k_rows, v_rows, k_strides[1], v_strides[1], lse2, delta, r,
+            (lo, a, z, hi), M, N, b * sizes[3] + head, factors, slope, band, rng, threshold, F, T,
+        )  # fmt: skip
         dq_rows = row_offsets(r, start_q, b, dq_strides)
         _store(dq + head * dq_strides[2], dq_rows, r < owned, acc, factors[2], T.D, T.d1, T.d2, False)
