@@ -1,12 +1,15 @@
 """The decode kernel and its merge against the fp64 oracle, in the interpreter; the choice of splits, anywhere."""
 
+import math
 import os
 
 import pytest
 import torch
+from cases import CASES, PAIRWISE, Case, build
 
 from flash_attn.kvcache import splits
 from flash_attn.problem import Problem
+from flash_attn.reference import attention, eager
 from flash_attn.tuning.config import FwdConfig
 from flash_attn.utils.device import KNOWN
 
@@ -30,7 +33,10 @@ class TestPlanning:
         [
             ({}, True),
             (dict(max_q=16), True),
-            (dict(max_q=17), False),  # 68 rows of a kv head, and 32 programs... but
+            (
+                dict(max_q=17),
+                True,
+            ),  # 68 rows of a kv head, but 32 programs would fill a quarter of the machine
             (dict(max_q=17, max_k=1024), False),
             (dict(max_k=255), False),
             (dict(dropout_p=0.1), False),
@@ -41,8 +47,6 @@ class TestPlanning:
         ],
     )
     def test_wants(self, fields, wanted):
-        if fields == dict(max_q=17):
-            wanted = True  # 32 programs of the other kernel would fill a quarter of the machine
         assert splits.wants(problem(**fields), self.H200) is wanted
 
     @pytest.mark.parametrize("device", [H200, SMALL], ids=lambda d: d.name)
@@ -69,7 +73,8 @@ class TestPlanning:
         assert 1 <= spans <= splits.MAX_SPLITS
         assert spans * config.block_n <= max(max_k, config.block_n)
         if max_k == 131072:
-            assert batch * 8 * spans >= 132
+            waves = batch * 8 * spans / 132
+            assert waves / math.ceil(waves) > 0.85
 
     def test_splits_asked_for_are_taken(self):
         config = FwdConfig(16, 64, 4, 3)
@@ -83,10 +88,7 @@ class TestPlanning:
 
 
 if INTERPRETED:
-    from cases import CASES, PAIRWISE, Case, build
-
     from flash_attn.forward import decode, launch
-    from flash_attn.reference import attention, eager
 
     # every feature, and a third of the pairs; the GPU tests run all of them
     KERNEL_CASES = [c for c in CASES + PAIRWISE[::3] if not c.dropout_p and c.id != "several_tiles"]

@@ -47,7 +47,7 @@ class Call(NamedTuple):
         )
 
 
-def call_and_check(c: Call, **extra):
+def call_and_check(c: Call, device: str = "cpu"):
     """Run the call on fresh caches whose unused rows are NaN, and compare out, lse and the caches."""
     g = torch.Generator().manual_seed(7)
 
@@ -86,13 +86,20 @@ def call_and_check(c: Call, **extra):
         angle = torch.rand(capacity + 3, c.rotary // 2, generator=g) * 6.28
         cos, sin = angle.cos().to(c.dtype), angle.sin().to(c.dtype)
 
+    index = torch.tensor(rows, dtype=torch.int32) if c.batch_idx else None
+    slopes = torch.arange(1, H + 1) / 8 if c.alibi else None
+
+    def send(x):
+        return None if x is None else x.to(device)
+
+    used = [send(x) for x in caches]
     out, lse = flash_attn_with_kvcache(
-        q, *caches, k, v, rotary_cos=cos, rotary_sin=sin, cache_seqlens=lens,
-        cache_batch_idx=torch.tensor(rows, dtype=torch.int32) if c.batch_idx else None, cache_leftpad=pads,
-        block_table=table, causal=c.causal, window_size=c.window, softcap=c.softcap,
-        rotary_interleaved=c.interleaved, alibi_slopes=torch.arange(1, H + 1) / 8 if c.alibi else None,
-        num_splits=c.splits, return_softmax_lse=True, **extra,
+        send(q), *used, send(k), send(v), rotary_cos=send(cos), rotary_sin=send(sin), cache_seqlens=send(lens),
+        cache_batch_idx=send(index), cache_leftpad=send(pads), block_table=send(table), causal=c.causal,
+        window_size=c.window, softcap=c.softcap, rotary_interleaved=c.interleaved, alibi_slopes=send(slopes),
+        num_splits=c.splits, return_softmax_lse=True,
     )  # fmt: skip
+    out, lse, *caches = (x.cpu() for x in (out, lse, *used))
 
     # the same by hand: where each new row belongs, rotated in fp64
     expected = [x.clone() for x in before]
@@ -104,15 +111,12 @@ def call_and_check(c: Call, **extra):
             rotated_q[b] = rotate(q[b].double(), cos[at], sin[at], c.interleaved)
         for i in range(c.new):
             place = (table[b, (n + i) // c.page], (n + i) % c.page) if c.page else (rows[b], n + i)
-            key = (
-                rotate(k[b, i : i + 1].double(), cos[n + i][None], sin[n + i][None], c.interleaved)[0]
-                if c.rotary
-                else k[b, i]
-            )
+            key = k[b, i]
+            if c.rotary:
+                key = rotate(key[None].double(), cos[n + i][None], sin[n + i][None], c.interleaved)[0]
             expected[0][place], expected[1][place] = key.to(c.dtype), v[b, i]
-    assert torch.equal(
-        caches[1].nan_to_num(9.0), expected[1].nan_to_num(9.0)
-    )  # v is copied, other rows are as before
+    # v is copied, other rows are as they were
+    assert torch.equal(caches[1].nan_to_num(9.0), expected[1].nan_to_num(9.0))
     assert torch.equal(caches[0].isnan(), expected[0].isnan())
     close(caches[0].nan_to_num(), expected[0].nan_to_num())
     if not c.rotary:
@@ -125,8 +129,7 @@ def call_and_check(c: Call, **extra):
     )  # fmt: skip
     ops = Operands(
         rotated_q, *expected, seqused_k=lens + c.new, leftpad_k=pads, block_table=table,
-        cache_batch_idx=torch.tensor(rows, dtype=torch.int32) if c.batch_idx else None,
-        alibi_slopes=torch.arange(1, H + 1) / 8 if c.alibi else None,
+        cache_batch_idx=index, alibi_slopes=slopes,
     )  # fmt: skip
     want, want_lse = attention.forward(p, ops)
     plain, _ = eager.forward(p, ops._replace(q=rotated_q.to(c.dtype)))
