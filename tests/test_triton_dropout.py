@@ -8,6 +8,7 @@ import torch
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
+from flash_attn.reference.dropout import keep_mask, threshold  # noqa: E402
 from flash_attn.tile import dropout  # noqa: E402
 
 keep_tile, keep_tile_t = dropout.keep_tile, dropout.keep_tile_t
@@ -84,6 +85,15 @@ def test_known_answer():
 def test_equals_the_paper(seed, offset, bh, row0, col0, threshold, transposed):
     got = mask_of_kernel(seed, offset, bh, row0, col0, threshold, 16, 32, transposed)
     assert torch.equal(got, mask_of_paper(seed, offset, bh, row0, col0, threshold, 16, 32))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_equals_the_reference(transposed):
+    """The torch mask that the oracle and the CPU backend use."""
+    rng = torch.tensor([987654321012345, (77 << 32) + 5])
+    want = keep_mask(rng, 0.37, 2, 3, range(19, 35), range(40, 72), heads=5)
+    got = mask_of_kernel(*rng.tolist(), 2 * 5 + 3, 19, 40, threshold(0.37), 16, 32, transposed)
+    assert torch.equal(got.bool(), want)
 
 
 def test_keeps_the_asked_share():

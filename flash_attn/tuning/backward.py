@@ -62,7 +62,9 @@ def _fit(config: BwdConfig, problem: Problem, device: DeviceInfo, direction: str
         elif max(config.block_m, config.block_n) > 16:
             shrunk = max(config.block_m, config.block_n) // 2
             config = config._replace(
-                block_m=min(config.block_m, shrunk), block_n=min(config.block_n, shrunk), num_warps=4
+                block_m=min(config.block_m, shrunk),
+                block_n=min(config.block_n, shrunk),
+                num_warps=config.num_warps if shrunk >= 64 else 4,
             )
         else:
             break
