@@ -83,9 +83,6 @@ def test_torch_kernel_and_ours_agree(kv_heads, causal, dtype):
         assert a.shape == b.shape and a.dtype == b.dtype and b.is_contiguous()
         step = torch.finfo(dtype).eps * w.abs().max().item()
         torch.testing.assert_close(a.double(), b.double(), rtol=0, atol=4 * step)
-    if not torch_flash.computes_backward(problem):
-        assert dtype.itemsize == 2
-        return
     dout = torch.randn_like(mine[0])
     into = strided_like(ops[:3])
     theirs = torch_flash.backward(problem, ops, *mine, dout, into)

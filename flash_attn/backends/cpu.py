@@ -40,6 +40,6 @@ def backward(
     dlse: Tensor | None = None,
     into: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
 ) -> Gradients:
-    if dlse is None and torch_flash.computes_backward(problem):
+    if dlse is None and torch_flash.computes(problem):
         return torch_flash.backward(problem, ops, out, lse, dout, into)
     return tiled_backward.backward(problem, ops, out, lse, dout, dlse, into)

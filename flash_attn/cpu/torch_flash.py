@@ -1,8 +1,8 @@
 """Problems that PyTorch's own CPU flash kernel computes as well as we would, handed to it because it is compiled.
 
-Its backward is used for float32 and float64 only. For 16-bit types it rounds every partial sum of dk and dv to 16
-bits, which costs more than twice the error of a plain PyTorch attention (float16, causal, 1024 keys: 2.06 times),
-and takes 6 to 10 times as long as ours on a CPU without 16-bit matrix products.
+Its backward is given 16-bit inputs in float32. In 16 bits it rounds every partial sum of dk and dv, which costs more
+than twice the error of a plain PyTorch attention (float16, causal, 1024 keys: 2.06 times), and takes about ten times
+as long on a CPU without 16-bit matrix products.
 """
 
 import torch
@@ -12,7 +12,7 @@ from flash_attn.problem import Gradients, Operands, Problem
 
 
 def computes(p: Problem) -> bool:
-    """Whether the forward kernel computes exactly this: dense, one head dim, no mask or the square causal one."""
+    """Whether the kernel computes exactly this: dense, one head dim, no mask or the square causal one."""
     plain = not (p.softcap or p.dropout_p or p.alibi or p.sink)
     dense = not (
         p.varlen_q or p.varlen_k or p.seqused_q or p.seqused_k or p.leftpad or p.paged or p.batch_idx
@@ -20,10 +20,6 @@ def computes(p: Problem) -> bool:
     mask = (p.left is None and p.right is None) or (p.causal and p.max_q == p.max_k)
     sizes = p.head_dim == p.head_dim_v and p.batch and p.max_q and p.max_k
     return bool(plain and dense and mask and sizes)
-
-
-def computes_backward(p: Problem) -> bool:
-    return computes(p) and p.dtype.itemsize > 2
 
 
 def _fold(p: Problem, x: Tensor) -> Tensor:
@@ -58,7 +54,8 @@ def backward(
     dout: Tensor,
     into: tuple[Tensor | None, Tensor | None, Tensor | None],
 ) -> Gradients:
-    q, k, v, out, dout = (x.transpose(1, 2) for x in (*ops[:3], out, dout))
+    wide = torch.promote_types(torch.float32, p.dtype)
+    q, k, v, out, dout = (x.transpose(1, 2).to(wide) for x in (*ops[:3], out, dout))
     fold = p.group > 1 and not p.causal
     if fold:
         q, out, dout, lse = (_fold(p, x) for x in (q, out, dout, lse))
@@ -72,4 +69,4 @@ def backward(
     elif p.group > 1:
         dk, dv = (x.unflatten(1, (p.kv_heads, p.group)).sum(2) for x in (dk, dv))
     grads = (x.transpose(1, 2) for x in (dq, dk, dv))
-    return Gradients(*(g if y is None else y.copy_(g) for g, y in zip(grads, into, strict=True)))
+    return Gradients(*(g.to(p.dtype) if y is None else y.copy_(g) for g, y in zip(grads, into, strict=True)))
