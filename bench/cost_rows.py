@@ -21,6 +21,8 @@ import zlib
 import torch
 
 from flash_attn import dispatch
+from flash_attn.cost.hardware import HARDWARE
+from flash_attn.cost.tiles import tiles_of
 from flash_attn.problem import Operands, Problem
 
 CAUSAL, FULL = (None, 0), (None, None)
@@ -56,6 +58,12 @@ def shapes():
             add(kind, backend, 2, 8, 2, 8192, 256, CAUSAL)
             add(kind, backend, 1, 4, 4, 16384, 256, FULL)
             add(kind, backend, 4, 8, 8, 4096, 256, (1024, 0))
+            for D, H in ((64, 32), (128, 16), (256, 8)):
+                add(kind, backend, 16, H, H, 1024, D, FULL if D > 64 else (256, 0))
+                add(kind, backend, 3, H, H, 5120, D, CAUSAL)
+                add(kind, backend, 1, H, H // 2, 12288, D, FULL)
+                add(kind, backend, 1, H, H, 24576, D, (2048, 0))
+                add(kind, backend, 40, H, H, 640, D, CAUSAL)
             # packed batches: many short, a few long, one giant
             add(kind, backend, 24, 16, 16, 2048, 128, CAUSAL, lens=tuple(range(128, 2048, 80)))
             add(kind, backend, 6, 32, 32, 4096, 64, FULL, lens=(4096, 3000, 2000, 1200, 700, 100))
@@ -156,9 +164,12 @@ def small(shape):
     return kind, backend, 3, 2 * (H // Hk), 2, m, n, D, (left, right and min(right, 100)), lens
 
 
-def check(path, part, parts):
+def check(path, part, parts, only):
+    """Groups whose name starts with `only`, each `parts`-th of them; a CUDA error ends the process's usefulness, so
+    run backends apart."""
+    mine = [shape for shape in shapes() if group(shape).startswith(only)]
     seen, report = set(), {}
-    for shape in shapes():
+    for shape in mine:
         if group(shape) in seen:
             continue
         seen.add(group(shape))
@@ -178,7 +189,7 @@ def check(path, part, parts):
             report[group(shape)] = f"{type(error).__name__}: {str(error)[:200]}"
         print(group(shape), report[group(shape)], flush=True)
     # compile what time will run, with its own sizes
-    for i, shape in enumerate(shapes()):
+    for i, shape in enumerate(mine):
         if i % parts == part and report.get(group(shape), "ok") == "ok":
             try:
                 problem, ops, dout = build(shape)
@@ -234,12 +245,16 @@ def measure(path, ok_paths, budget):
         except Exception as error:
             skipped[str(shape)] = f"{type(error).__name__}: {str(error)[:200]}"
             continue
+        tiles = None
+        if kind != "decode":
+            tiles = [list(tile) for tile in tiles_of(problem, backend, kind, HARDWARE["h200"]) if tile]
         rows.append(
             dict(
                 kind=kind, backend=backend, B=B, H=H, Hk=Hk, M=M, N=N, D=D, dtype="bfloat16",
                 causal=right == 0 and left is None, left=left, right=right, 
                 lens_q=lens if kind != "decode" else None, lens_k=lens,
                 time_us=round(q50 * 1e3, 3), p20_us=round(q20 * 1e3, 3), p80_us=round(q80 * 1e3, 3),
+                tiles=tiles,
             )
         )  # fmt: skip
         print(f"{group(shape)} B{B} H{H}/{Hk} M{M} N{N}: {q50 * 1e3:.1f} us", flush=True)
@@ -265,12 +280,13 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--check")
     parser.add_argument("--part", default="0/1")
+    parser.add_argument("--only", default="", help="groups that start so, such as 'backward hopper'")
     parser.add_argument("--time")
     parser.add_argument("--ok", nargs="*", default=[])
     parser.add_argument("--budget", type=float, default=45)
     args = parser.parse_args()
     if args.check:
-        check(args.check, *map(int, args.part.split("/")))
+        check(args.check, *map(int, args.part.split("/")), args.only)
     elif args.time:
         measure(args.time, args.ok, args.budget)
     else:

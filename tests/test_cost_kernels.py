@@ -99,6 +99,27 @@ def test_tiles_come_from_the_tuning_table():
     assert slow > estimate(LAYER, hardware="a100").time_s
 
 
+def test_hopper_tiles_are_those_of_the_launches():
+    """`cost` needs no Triton, so it repeats the rules of the two launch files; here they meet."""
+    pytest.importorskip("triton")
+    from flash_attn.backward import hopper_launch as backward
+    from flash_attn.forward import hopper_launch as forward
+    from flash_attn.utils import device
+
+    h200 = get_hardware("h200")
+    with device.assume(device.KNOWN["h200"]):
+        for D in (64, 96, 128, 192, 256):
+            for S in (512, 2048, 8192):
+                for left, right in ((None, None), (None, 0), (1024, 0)):
+                    p = LAYER._replace(max_q=S, max_k=S, head_dim=D, head_dim_v=D, left=left, right=right)
+                    tile = forward._tile(p)
+                    want = Tile(64 * tile["WARPGROUPS"], tile["BN"] + tile.get("BN2", 0))
+                    assert tiles_of(p, "hopper", "forward", h200).main == want, p
+                    schedule = backward.schedule(p)
+                    want = Tile(schedule.BLOCK_M, schedule.BLOCK_N)
+                    assert tiles_of(p, "hopper", "backward", h200).main == want, p
+
+
 def test_every_device_predicts_every_direction():
     for name in HARDWARE:
         for direction in ("forward", "backward"):
@@ -226,7 +247,8 @@ def test_calibration_of_this_machine(tmp_path, monkeypatch):
 def test_calibrated_gpu_keeps_its_kernels():
     h200 = get_hardware("h200")
     values = dict(device="cuda", name="NVIDIA H200", processors=132, matrix_flops=h200.matrix["bf16"] * 0.75,
-                  bandwidth=h200.bandwidth * 0.895, exps=h200.exps * 0.5, launch_s=h200.launch, memory=10**11)  # fmt: skip
+                  bandwidth=h200.bandwidth * 0.895, exps=h200.exps * 0.5, launch_s=h200.launch,
+                  memory=10**11)  # fmt: skip
     hw = calibrate.hardware_of(values, "here")
     assert estimate(LAYER, hardware=hw).time_s == pytest.approx(estimate(LAYER, hardware="h200").time_s)
     slower = calibrate.hardware_of(values | {"matrix_flops": values["matrix_flops"] / 2}, "here")

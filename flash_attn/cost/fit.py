@@ -20,8 +20,9 @@ START: dict[str, AnyConstants] = {
     "backward": Constants(0.7, 1.5, 2e-7, 1e-7, 2e-6),
     "decode": DecodeConstants(0.88, 5e-7, 3e-6, 4e-6),
 }
+# Shares may pass 1: the data sheet states rates at 1.83 GHz, the clock goes to 1.98.
 HIGHEST = {
-    Constants: Constants(1.0, 6.0, 3e-6, 3e-6, 2e-5),
+    Constants: Constants(1.08, 6.0, 3e-6, 3e-6, 2e-5),
     DecodeConstants: DecodeConstants(1.0, 5e-6, 2e-5, 3e-5),
 }
 LOWEST = 0.02  # of the highest for shares; the others may vanish

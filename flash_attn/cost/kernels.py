@@ -133,7 +133,7 @@ def estimate(
     backend: str | None = None,
     lens_q: Sequence[int] | None = None,
     lens_k: Sequence[int] | None = None,
-    tile: Tile | None = None,
+    tile: "Tile | Tiles | None" = None,
     c: AnyConstants | None = None,
     kind: str | None = None,
 ) -> Estimate:
@@ -143,7 +143,7 @@ def estimate(
         direction: "forward" or "backward" (the backward alone).
         backend: "hopper", "triton" or "cpu"; None: the one that would run it.
         lens_q, lens_k: length of every sequence; default: all are max_q, max_k long.
-        tile: other tile sizes than the kernel's own, to rank choices. c: other constants.
+        tile: other tile sizes than the tuning table's, to rank choices. c: other constants.
         kind: the family of kernels, "forward", "backward" or "decode"; None: the one that would serve.
 
     Raises:
@@ -164,7 +164,7 @@ def estimate(
     assert isinstance(c, Constants)
     if backend == "cpu":
         return _on_cpu(work, hw, c, rate, kind)
-    tiles = Tiles(tile, tile) if tile else tiles_of(problem, backend, kind, hw)
+    tiles = Tiles(tile, tile) if isinstance(tile, Tile) else tile or tiles_of(problem, backend, kind, hw)
     lens = tuple(None if lens is None else tuple(lens) for lens in (lens_q, lens_k))
     passes = plan(problem, direction, backend, tiles, lens)
     parts: dict[str, float] = dict.fromkeys(

@@ -11,6 +11,7 @@ import torch
 from flash_attn.cost import kernels
 from flash_attn.cost.counts import count
 from flash_attn.cost.report import Table
+from flash_attn.cost.tiles import Tile, Tiles
 from flash_attn.errors import ArgumentValueError
 from flash_attn.problem import Problem
 
@@ -29,7 +30,7 @@ class Row(NamedTuple):
     time_s: float
     hardware: str
     source: str  # file name
-    fields: dict[str, Any]
+    tiles: Tiles | None  # the kernel had; None: those of today's tuning table
 
     @property
     def direction(self) -> str:
@@ -64,8 +65,9 @@ class Row(NamedTuple):
             backend,
             self.lens_q,
             self.lens_k,
-            c=c,
-            kind=self.kind,
+            self.tiles,
+            c,
+            self.kind,
         )
 
 
@@ -104,7 +106,8 @@ def row_of(fields: dict[str, Any], source: str) -> Row:
             f"{source}: gpu must name one of {', '.join(kernels_hardware())}, got {fields['gpu']!r}"
         )
     time_s = fields["time_us"] * 1e-6
-    return Row(problem, fields["kind"], fields["backend"], lens_q, lens_k, time_s, hardware, source, fields)
+    tiles = fields.get("tiles") and Tiles(*(Tile(*tile) for tile in fields["tiles"]))
+    return Row(problem, fields["kind"], fields["backend"], lens_q, lens_k, time_s, hardware, source, tiles)
 
 
 def kernels_hardware() -> list[str]:

@@ -68,7 +68,9 @@ def _hopper_forward(problem: Problem, found: DeviceInfo) -> Tile:
     if row is not None:
         config = dict(row["config"])
         return Tile(64 * config["WARPGROUPS"], config["BN"] + config.get("BN2", 0))
-    dim = max(dims(problem, "hopper"))
+    dim = max(dims(problem, "hopper"))  # else the rule of `forward.hopper_launch`
+    if dim <= 64 and (problem.right is None or problem.max_q > 2048):
+        return Tile(192, 128)
     return Tile(128, 128 if dim <= 128 or problem.head_dim_v <= 128 else 64)
 
 
