@@ -3,6 +3,8 @@
 # make test-gpu  what needs a GPU; with the machine's own python, no install and no network
 # make bench     benchmarks against the peers that this machine has; writes JSON under bench/results
 PYTHON ?= python3
+# processes that compile and test side by side on the one GPU; needs pytest-xdist
+GPU_WORKERS ?= 8
 
 .PHONY: run test test-gpu bench format clean
 
@@ -13,7 +15,7 @@ test: .venv/dev-installed
 	PATH="$(CURDIR)/.venv/bin:$$PATH" scripts/check
 
 test-gpu:
-	PYTHONPATH="$(CURDIR)" $(PYTHON) -m pytest -m gpu tests/gpu
+	PYTHONPATH="$(CURDIR)" $(PYTHON) -m pytest -m gpu -n $(GPU_WORKERS) -p no:benchmark tests/gpu
 
 bench:
 	PYTHONPATH="$(CURDIR)" $(PYTHON) -m bench.run

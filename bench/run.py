@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("--flex", action="store_true", help="also FlexAttention")
     parser.add_argument("--fa3-library", help="path of vLLM's _vllm_fa3_C.abi3.so, to race FlashAttention-3")
     parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--commit", help="what to write where this is not a git checkout")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("no GPU that torch can use; on a CPU run: flash-attn bench")
@@ -68,7 +69,7 @@ def main() -> None:
     if options.fa3_library:
         peers += (flash_attn_3(options.fa3_library),)
     console = Console(width=180)
-    where = race.provenance()
+    where = race.provenance() | ({"commit": options.commit} if options.commit else {})
     for suite in options.suites:
         if suite == "decode":
             rows = decode.rows(options.fa3_library is not None)
@@ -84,7 +85,7 @@ def main() -> None:
             rows = [r for cell in race.run_grid(grid(), (suite,), peers, options.seconds) for r in cell]
         show(rows, console)
         gpu = where["gpu"].split()[-1].lower()
-        race.save(rows, options.output / f"{suite}-{gpu}-{where['commit']}.json")
+        race.save(rows, options.output / f"{suite}-{gpu}-{where['commit']}.json", where)
 
 
 if __name__ == "__main__":

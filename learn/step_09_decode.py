@@ -58,9 +58,8 @@ def main() -> None:
     assert error > 0.05
 
     programs, splits = 1 * 8, 16
-    print(
-        f"batch 1, 8 key/value heads: {programs} programs for 132 multiprocessors; {splits} splits make {programs * splits}"
-    )
+    print(f"batch 1, 8 key/value heads: {programs} programs for 132 multiprocessors;", end=" ")
+    print(f"{splits} splits make {programs * splits}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
 """The `flash-attn` command: one module a command, each with `register(app)`."""
 
 import importlib
+import os
 import sys
 
 COMMANDS = ("demo", "explain", "env", "bench", "cost", "learn", "tune")
 
 
 def main() -> None:
+    # the profiler that measures memory would report its every start; read when torch is imported
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     try:
         import rich  # noqa: F401
         import typer

@@ -81,7 +81,7 @@ class Point(NamedTuple):
 
 def scaling(device: str, out: Path) -> list[Point]:
     """Time and peak extra memory of forward plus backward over sequence length, standard against flash."""
-    lengths = [512, 1024, 2048, 4096, 8192] if device == "cpu" else [1024, 2048, 4096, 8192, 16384, 32768]
+    lengths = [256, 512, 1024, 2048, 4096] if device == "cpu" else [1024, 2048, 4096, 8192, 16384, 32768]
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     longest_standard = lengths[-2]
     points = []
@@ -97,10 +97,10 @@ def scaling(device: str, out: Path) -> list[Point]:
                 out = attention(*leaves)
                 torch.autograd.grad(out, leaves, torch.ones_like(out))
 
-            flash = measure(lambda: step(flash_attention), device)  # noqa: B023
+            flash = measure(lambda: step(flash_attention), device, warmup=1, repeats=5)  # noqa: B023
             standard = None
             if length <= longest_standard:
-                standard = measure(lambda: step(naive_attention), device)  # noqa: B023
+                standard = measure(lambda: step(naive_attention), device, warmup=1, repeats=5)  # noqa: B023
             points.append(Point(length, standard, flash))
             bar.advance(task)
     table = Table(

@@ -1,44 +1,60 @@
-"""`flash-attn tune`: measure tile sizes on this GPU and write the fastest as rows of the tuning table."""
+"""`flash-attn tune`: measure tile sizes of the portable kernels on the GPU at hand and keep the fastest."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.progress import track
 
 from flash_attn.cli import problem_args as args
+from flash_attn.errors import FlashAttnError
 
 
 def register(app: typer.Typer) -> None:
     @app.command()
     def tune(
-        out: Annotated[Path, typer.Option(help="table file to add rows to, for flash_attn/tuning/data")],
-        batch: args.Batch = 2,
-        heads: args.Heads = 16,
-        kv_heads: args.KvHeads = None,
-        seqlen: args.SeqQ = 4096,
-        seqlen_k: args.SeqK = None,
-        head_dim: args.HeadDim = 128,
+        output: Annotated[
+            Path, typer.Option(help="table file that rows are added to, one JSON object a line")
+        ],
+        head_dims: Annotated[str, typer.Option(help="head dimensions")] = "64,128,256",
+        seqlens: Annotated[
+            str, typer.Option(help="sequence lengths; 16384 tokens a batch")
+        ] = "1024,4096,16384",
         dtype: args.Dtype = "bf16",
-        causal: args.Causal = False,
-        window: args.Window = "-1,-1",
-        softcap: args.Softcap = 0.0,
-        dropout: args.Dropout = 0.0,
-        backward: Annotated[bool, typer.Option("--backward", help="also the two backward kernels")] = False,
     ) -> None:
-        """Measure every tile for one problem on this GPU. Not needed to use the package: calls never tune."""
-        from flash_attn.tuning import search
-        from flash_attn.utils import device
+        """Search tile sizes on this GPU and write the rows of the fastest."""
+        import torch
 
-        console = Console()
-        if device.info() is None:
-            console.print("tune needs a GPU, none is visible to torch")
-            raise typer.Exit(2)
-        problem = args.describe(
-            batch=batch, heads=heads, kv_heads=kv_heads, seqlen=seqlen, seqlen_k=seqlen_k, head_dim=head_dim,
-            dtype=dtype, causal=causal, window=window, softcap=softcap, dropout=dropout, device="cuda",
-        )  # fmt: skip
-        rows = [search.search(problem, d) for d in (search.DIRECTIONS if backward else search.DIRECTIONS[:1])]
-        search.write(rows, out)
-        for row in rows:
-            console.print(row["direction"], row["config"], f"{row['tflops']} TFLOP/s")
+        if not torch.cuda.is_available():
+            raise typer.BadParameter("tune measures on a GPU, and torch sees none here")
+        from flash_attn.tuning import search
+
+        problems = [
+            args.describe(
+                batch=max(1, 16384 // length),
+                heads=max(1, 2048 // head_dim),
+                kv_heads=None,
+                seqlen=length,
+                seqlen_k=None,
+                head_dim=head_dim,
+                dtype=dtype,
+                causal=causal,
+                window="-1,-1",
+                softcap=0.0,
+                dropout=0.0,
+                device="cuda",
+            )  # fmt: skip
+            for head_dim in map(int, head_dims.split(","))
+            for length in map(int, seqlens.split(","))
+            for causal in (False, True)
+        ]
+        work = [(problem, direction) for problem in problems for direction in search.DIRECTIONS]
+        rows = []
+        try:
+            for problem, direction in track(work, "searching", console=Console()):
+                rows.append(search.search(problem, direction))
+        except FlashAttnError as error:
+            raise args.fail(error) from error
+        search.write(rows, output)
+        typer.echo(f"{len(rows)} rows written to {output}")

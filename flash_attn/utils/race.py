@@ -111,7 +111,7 @@ def provenance() -> dict[str, Any]:
     ).stdout.strip()
     gpu = devices.info()
     found = {
-        "date": datetime.date.today().isoformat(), "commit": commit or "not a git checkout",
+        "date": datetime.date.today().isoformat(), "commit": commit or "unknown",
         "gpu": gpu.name if gpu else None, "cpu": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(), "torch": torch.__version__, "command": " ".join(sys.argv),
     }  # fmt: skip
@@ -131,8 +131,8 @@ def run_grid(
             yield [time_row(peer, problem, direction, budget_s) for peer in (OURS, *peers)]
 
 
-def save(rows: list[dict[str, Any]], path: Path) -> None:
+def save(rows: list[dict[str, Any]], path: Path, meta: dict[str, Any] | None = None) -> None:
     """Write the rows that have a time, with where they come from, as bench/results/README.md describes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     timed = [row for row in rows if "time_us" in row]
-    path.write_text(json.dumps({"meta": provenance(), "rows": timed}, indent=1) + "\n")
+    path.write_text(json.dumps({"meta": meta or provenance(), "rows": timed}, indent=1) + "\n")
