@@ -19,6 +19,7 @@ from flash_attn.reference import attention, eager  # noqa: E402
 from flash_attn.reference.layout import sequences  # noqa: E402
 from flash_attn.tuning import backward as tuning  # noqa: E402
 from flash_attn.tuning.config import BwdConfig  # noqa: E402
+from flash_attn.utils.launcher import SharedMemoryError  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = [
@@ -212,6 +213,25 @@ def test_allocates_what_it_is_not_given_and_takes_any_stride():
         got = launch.backward(problem, spread, out, lse.mT.contiguous().mT, columns)
     for x, y, source in zip(got[:3], wanted[:3], ops[:3], strict=True):
         assert torch.equal(x, y) and x.is_contiguous() and x.dtype == source.dtype
+
+
+def test_smaller_tiles_where_the_first_do_not_fit(monkeypatch):
+    """A device with less shared memory than thought: the next smaller tile runs, never a failed launch."""
+    case = Case("small", max_q=40, max_k=40, causal=True, sink=True)
+    problem, ops, out, lse, dout = make(case)
+    really, tried = launch.launch, []
+
+    def launch_small(kernel, grid, args, constants, *rest):
+        tiling = constants["T"]
+        tried.append((tiling.block_m, tiling.block_n))
+        if tiling.block_m > 16:
+            raise SharedMemoryError("too big")
+        really(kernel, grid, args, constants, *rest)
+
+    monkeypatch.setattr(launch, "launch", launch_small)
+    got = run(problem, ops, out, lse, dout, config=BwdConfig(64, 32, 4, 2))
+    assert tried == [(64, 32), (64, 32), (32, 32), (16, 16), (16, 32)]
+    compare(problem, ops, got, dout)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Launches of the backward: Problem + Operands + what the forward gave -> Gradients."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -10,9 +11,9 @@ from flash_attn.forward.launch import precision
 from flash_attn.problem import Gradients, Operands, Problem
 from flash_attn.reference.dropout import threshold
 from flash_attn.tile.score import factors
-from flash_attn.tuning.backward import backward_config, cut
+from flash_attn.tuning.backward import backward_config, cut, smaller
 from flash_attn.tuning.config import BwdConfig
-from flash_attn.utils.launcher import launch
+from flash_attn.utils.launcher import SharedMemoryError, launch
 
 
 class Launch(NamedTuple):
@@ -28,6 +29,8 @@ class Launch(NamedTuple):
 
 def supports(problem: Problem) -> str | None:
     """None, or why these kernels cannot run the backward of `problem`."""
+    if problem.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"dtype must be float16, bfloat16 or float32, got {problem.dtype}"
     if problem.paged:
         return "the backward does not read a paged KV cache"
     if problem.batch_idx:
@@ -163,17 +166,36 @@ def backward(
     if problem.leftpad:
         for x in (dk, dv):
             x.zero_()  # nobody owns the rows before the first key
+    stats = statistics(problem, lse)
     tile_dkdv, tile_dq = backward_config(problem)
-    assert tile_dkdv.block_m <= tile_dq.block_m, "rows that attn_bwd_dq does not reach have no statistics"
-    stats, dsink = statistics(problem, lse), None
+    partial = None
     if problem.sink:
+        _, programs = dq_grid(problem, ops, tile_dq._replace(block_m=16))  # as many as there can be
+        partial = torch.zeros(programs, device=lse.device)
+    tile_dq = _run(
+        lambda tile: plan_dq(problem, ops, out, lse, dout, dlse, stats, dq, partial, tile), tile_dq, problem
+    )
+    # attn_bwd_dkdv reads the statistics of whole blocks of rows, which attn_bwd_dq must have written
+    tile_dkdv = tile_dkdv._replace(block_m=min(tile_dkdv.block_m, tile_dq.block_m))
+    _run(lambda tile: plan_dkdv(problem, ops, dout, stats, dk, dv, tile), tile_dkdv, problem)
+    dsink = None
+    if partial is not None and ops.sink is not None:
         blocks, programs = dq_grid(problem, ops, tile_dq)
-        dsink = torch.zeros((programs // (problem.heads * blocks), problem.heads, blocks), device=lse.device)
-    for step in (
-        plan_dq(problem, ops, out, lse, dout, dlse, stats, dq, dsink, tile_dq),
-        plan_dkdv(problem, ops, dout, stats, dk, dv, tile_dkdv),
-    ):
-        launch(step.kernel, step.grid, step.args, step.constants, step.num_warps, step.num_stages, problem)
-    if dsink is not None and ops.sink is not None:
-        dsink = dsink.sum((0, 2)).to(ops.sink.dtype)
+        dsink = partial[:programs].view(-1, problem.heads, blocks).sum((0, 2)).to(ops.sink.dtype)
     return Gradients(dq, dk, dv, dsink)
+
+
+def _run(plan: Callable[[BwdConfig], Launch], tile: BwdConfig, problem: Problem) -> BwdConfig:
+    """Launch what `plan` says, with smaller tiles where they do not fit the device; the tile that did."""
+    while True:
+        step = plan(tile)
+        try:
+            launch(
+                step.kernel, step.grid, step.args, step.constants, step.num_warps, step.num_stages, problem
+            )
+            return tile
+        except SharedMemoryError:
+            less = smaller(tile)
+            if less is None:
+                raise
+            tile = less

@@ -54,20 +54,27 @@ def shared_memory(config: BwdConfig, problem: Problem, direction: str) -> int:
     return problem.dtype.itemsize * (dims * (own + config.num_stages * streamed) + scratch) + 1024
 
 
+def smaller(config: BwdConfig) -> BwdConfig | None:
+    """The next smaller tile to try, or None: fewer stages first, they cost least."""
+    if config.num_stages > 1:
+        return config._replace(num_stages=config.num_stages - 1)
+    half = max(config.block_m, config.block_n) // 2
+    if half < 16:
+        return None
+    return config._replace(
+        block_m=min(config.block_m, half),
+        block_n=min(config.block_n, half),
+        num_warps=config.num_warps if half >= 64 else 4,
+    )
+
+
 def _fit(config: BwdConfig, problem: Problem, device: DeviceInfo, direction: str) -> BwdConfig:
     """`config`, or the largest smaller tile that the device has the shared memory for."""
     while shared_memory(config, problem, direction) > device.shared_memory:
-        if config.num_stages > 1:
-            config = config._replace(num_stages=config.num_stages - 1)
-        elif max(config.block_m, config.block_n) > 16:
-            shrunk = max(config.block_m, config.block_n) // 2
-            config = config._replace(
-                block_m=min(config.block_m, shrunk),
-                block_n=min(config.block_n, shrunk),
-                num_warps=config.num_warps if shrunk >= 64 else 4,
-            )
-        else:
+        less = smaller(config)
+        if less is None:
             break
+        config = less
     return config
 
 
