@@ -1,0 +1,97 @@
+"""The command line: every command answers, errors are one line, and the demo's parts check what they claim."""
+
+import json
+
+import pytest
+import torch
+
+typer = pytest.importorskip("typer")
+pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
+
+from typer.testing import CliRunner  # noqa: E402
+
+from flash_attn.cli import bench, demo, env, explain, learn  # noqa: E402
+from flash_attn.cli.gpt import GPT, Shape, flash_attention, naive_attention  # noqa: E402
+
+
+def run(module, *words: str):
+    app = typer.Typer()
+    app.callback()(lambda: None)
+    module.register(app)
+    return CliRunner().invoke(app, list(words))
+
+
+def test_env_says_what_is_here():
+    result = run(env, "env")
+    assert result.exit_code == 0, result.output
+    for word in ("flash-attn", "python", torch.__version__, "FLASH_ATTN_BACKEND"):
+        assert word in result.output
+
+
+def test_explain_plans_for_a_gpu_that_is_not_here():
+    pytest.importorskip("triton")
+    result = run(explain, "explain", "--device", "h200", "--causal", "--head-dim", "128")
+    assert result.exit_code == 0, result.output
+    assert "runs it" in result.output and "hopper" in result.output
+    plain = run(explain, "explain", "--device", "cpu")
+    assert "cpu" in plain.output and "runs it" in plain.output
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--device", "abacus"], "must be one of"),
+        (["--dtype", "int3"], "must be one of"),
+        (["--window", "nine"], "LEFT,RIGHT"),
+        (["--heads", "6", "--kv-heads", "4"], "must divide"),
+    ],
+)
+def test_explain_names_what_is_wrong(words, message):
+    result = run(explain, "explain", *words)
+    assert result.exit_code != 0
+    assert message in " ".join(result.output.replace("│", " ").split())
+
+
+def test_bench_writes_rows_table_and_plot(tmp_path):
+    result = run(
+        bench, "bench", "--seqlens", "32,64", "--head-dims", "16", "--dtypes", "fp32", "--heads", "2",
+        "--seconds", "0.01", "--device", "cpu", "--output", str(tmp_path),
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    saved = json.loads((tmp_path / "rows.json").read_text())
+    assert {row["backend"] for row in saved["rows"]} == {"cpu", "torch-sdpa"}
+    assert {row["kind"] for row in saved["rows"]} == {"forward", "backward"}
+    assert all(row["time_us"] > 0 for row in saved["rows"]) and saved["meta"]["torch"] == torch.__version__
+    assert (tmp_path / "rows.csv").read_text().count("\n") == len(saved["rows"]) + 1
+    assert (tmp_path / "speed.png").stat().st_size > 5000
+
+
+def test_learn_lists_the_lessons():
+    result = run(learn, "learn")
+    assert result.exit_code == 0 and "Lesson 15." in result.output
+    assert run(learn, "learn", "run", "99").exit_code != 0
+
+
+def test_demo_finds_ours_as_exact_as_torch():
+    assert demo.check_exactness("cpu")
+
+
+def test_demo_refuses_a_device_that_is_not_here(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert run(demo, "demo", "--device", "cuda").exit_code != 0
+
+
+def test_gpt_trains_alike_and_generates_alike():
+    text = demo.library_text(20_000)
+    index = {c: i for i, c in enumerate(sorted(set(text)))}
+    data = torch.tensor([index[c] for c in text])
+    curves = {}
+    for name, attention in (("flash", flash_attention), ("naive", naive_attention)):
+        torch.manual_seed(0)
+        model = GPT(Shape(len(index), context=64, layers=2, heads=2, width=32))
+        curves[name] = demo.train(model, data, 6, attention, name, batch=2)
+    assert curves["flash"] == pytest.approx(curves["naive"], abs=1e-4)
+    assert curves["flash"][-1] < curves["flash"][0]
+    prompt = data[None, :5]
+    assert torch.equal(model.generate(prompt, 20), model.generate_uncached(prompt, 20))
