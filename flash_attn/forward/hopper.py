@@ -9,7 +9,12 @@ from typing import NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma_wait,
+)
 
 from flash_attn.forward.hopper_step import (
     finish,
@@ -18,16 +23,16 @@ from flash_attn.forward.hopper_step import (
     mask,
     pack,
     per_thread,
+    query,
     rows_layout,
     scale_output,
     scale_part,
-    score,
     softmax,
     thread_sums,
-    wait,
+    wait_output,
     zero_output,
 )
-from flash_attn.forward.hopper_tiles import blocks, locate, publish, receive, zero_tail
+from flash_attn.forward.hopper_tiles import blocks, key_tile, locate, publish, receive, zero_tail
 from flash_attn.tile.hopper import (
     barrier_arrive,
     barrier_sync,
@@ -38,6 +43,7 @@ from flash_attn.tile.hopper import (
     tma_store,
 )
 from flash_attn.tile.mask import full_range, key_range
+from flash_attn.tile.score import capped
 
 
 class Config(NamedTuple):
@@ -49,14 +55,12 @@ class Config(NamedTuple):
     V1: int
     WARPGROUPS: int  # consumers, 64 query rows each
     BN: int  # keys per tile
-    BN2: int  # 0, or the second power-of-two part of a key tile
     STAGES: int  # key tiles in shared memory
     PINGPONG: bool  # warpgroups issue their products in turn
     CHAIN: (
         bool  # the first scores of the next tile are computed while this one is stored; Q is double buffered
     )
-    POLY: int  # of every four column pairs, so many take exp2 by polynomial on the FMA units
-    LAZY: bool  # rescale O only when the maximum grew by more than LAZY_LOG2
+    QREG: int  # columns of Q kept in registers: all, half or none; saves shared-memory bandwidth
     SHARE: bool  # O is staged where Q was
     left: bool = False
     right: bool = False
@@ -103,31 +107,17 @@ def _threads(C):
 
 
 @gluon.jit
-def _load(
-    descs,
-    rings,
-    full,
-    st,
-    b,
-    h,
-    row,
-    length,
-    end,
-    RAGGED: gl.constexpr,
-    BOX: gl.constexpr,
-    BOX2: gl.constexpr,
-):
-    """One tile of K or V, all its parts, into stage `st`; BOX2: the parts split the keys, not the head dim."""
-    tma_load_at = tma_rows(b, h, row, 0, length, end, RAGGED)
+def _load(descs, rings, full, st, b, h, row, length, end, RAGGED: gl.constexpr):
+    """One tile of K or V, both parts of the head dim, into stage `st`."""
+    at = tma_rows(b, h, row, 0, length, end, RAGGED)
     if descs[1] is not None:
         D0: gl.constexpr = descs[0].block_type.shape[-1]
         mbarrier.expect(full.index(st), descs[0].block_type.nbytes + descs[1].block_type.nbytes)
-        tma_load(descs[0], tma_load_at, full.index(st), rings[0].index(st))
-        second = tma_rows(b, h, row + (BOX if BOX2 else 0), 0 if BOX2 else D0, length, end, RAGGED)
-        tma_load(descs[1], second, full.index(st), rings[1].index(st))
+        tma_load(descs[0], at, full.index(st), rings[0].index(st))
+        tma_load(descs[1], tma_rows(b, h, row, D0, length, end, RAGGED), full.index(st), rings[1].index(st))
     else:
         mbarrier.expect(full.index(st), descs[0].block_type.nbytes)
-        tma_load(descs[0], tma_load_at, full.index(st), rings[0].index(st))
+        tma_load(descs[0], at, full.index(st), rings[0].index(st))
 
 
 @gluon.jit
@@ -147,7 +137,7 @@ def _produce(work, it, count, descs, rings, bars, lengths, sizes, band, units, C
     q_full, k_full, v_full = bars
     W: gl.constexpr = C.WARPGROUPS
     QS: gl.constexpr = 2 if C.CHAIN else 1
-    BN: gl.constexpr = C.BN + C.BN2
+    BN: gl.constexpr = C.BN
     RAGGED_Q: gl.constexpr = C.packed_q
     RAGGED_K: gl.constexpr = C.packed_k or C.used_k
     m, h, b, start, M, rows, N = work
@@ -164,9 +154,10 @@ def _produce(work, it, count, descs, rings, bars, lengths, sizes, band, units, C
         k_end = b * units[2] + (k_start + N) * units[3]
         v_end = b * units[4] + (k_start + N) * units[5]
     lo, n = blocks(m, M, N, band, C)
-    row = (lo + n - 1) * BN
+    row = key_tile(lo, n, 0, C) * BN
+    STEP: gl.constexpr = BN if C.right else -BN
     st = _acquire(it, _k_free(C), C.STAGES, C)
-    _load(k_descs, k_ring, k_full, st, b, hk, row, N, k_end, RAGGED_K, C.BN, C.BN2)
+    _load(k_descs, k_ring, k_full, st, b, hk, row, N, k_end, RAGGED_K)
     buffer = _acquire(count, _q_free(C), QS, C) * W
     BYTES: gl.constexpr = 64 * (C.D0 + C.D1) * 2
     for w in gl.static_range(W):
@@ -180,13 +171,13 @@ def _produce(work, it, count, descs, rings, bars, lengths, sizes, band, units, C
             )
     for _ in range(1, n):
         st = _acquire(it + 1, _k_free(C), C.STAGES, C)
-        _load(k_descs, k_ring, k_full, st, b, hk, row - BN, N, k_end, RAGGED_K, C.BN, C.BN2)
+        _load(k_descs, k_ring, k_full, st, b, hk, row + STEP, N, k_end, RAGGED_K)
         st = _acquire(it, _v_free(C), C.STAGES, C)
-        _load(v_descs, v_ring, v_full, st, b, hk, row, N, v_end, RAGGED_K, C.BN, C.BN2)
-        row -= BN
+        _load(v_descs, v_ring, v_full, st, b, hk, row, N, v_end, RAGGED_K)
+        row += STEP
         it += 1
     st = _acquire(it, _v_free(C), C.STAGES, C)
-    _load(v_descs, v_ring, v_full, st, b, hk, row, N, v_end, RAGGED_K, C.BN, C.BN2)
+    _load(v_descs, v_ring, v_full, st, b, hk, row, N, v_end, RAGGED_K)
     return it + 1
 
 
@@ -229,21 +220,11 @@ def _limits(work, band, WG: gl.constexpr, C: gl.constexpr):
 
 
 @gluon.jit
-def _query(ring, buffer, C: gl.constexpr):
-    D0: gl.constexpr = C.D0
-    D1: gl.constexpr = C.D1
-    if D1:
-        return ring[0].index(buffer).reshape([64, D0]), ring[1].index(buffer).reshape([64, D1])
-    else:
-        return (ring[0].index(buffer).reshape([64, D0]),)
-
-
-@gluon.jit
 def _first_softmax(s, work, band, scale, dtype: gl.constexpr, WG: gl.constexpr, C: gl.constexpr):
     """(m, l, P) of the first key tile of `work`, whose products are `s`; it is always masked."""
     _, _, lo, hi = _limits(work, band, WG, C)
     first, n = blocks(work.m, work.M, work.N, band, C)
-    s = mask(score(s, scale[0], C), first + n - 1, lo, hi, C)
+    s = mask(capped(s, scale[0], C), key_tile(first, n, 0, C), lo, hi, C)
     p, m, _ = softmax(s, gl.full([64], float("-inf"), gl.float32, rows_layout(C.BN)), scale[1], True, C)
     return m, thread_sums(p, C), pack(p, dtype, C)
 
@@ -267,10 +248,10 @@ def _step(q, rings, bars, it, n, full, lo, hi, state, scale, WG: gl.constexpr, C
     acc = issue_output(p16, v_ring, cur, acc, C)
     if C.PINGPONG:
         barrier_arrive(_turn(C) + (WG + 1) % C.WARPGROUPS, 256)
-    OUTPUTS: gl.constexpr = 2 if (C.V1 or C.BN2) else 1
-    s = wait(OUTPUTS, s)
+    OUTPUTS: gl.constexpr = 2 if C.V1 else 1
+    s = warpgroup_mma_wait(OUTPUTS, deps=(s,))
     barrier_arrive(_k_free(C) + nxt, _threads(C))
-    s = score(s, scale[0], C)
+    s = capped(s, scale[0], C)
     # one loop with a uniform branch: a second, mask-free loop spills at head dim 64
     if MASKED and ((n >= full[1]) | (n < full[0])):
         s = mask(s, n, lo, hi, C)
@@ -279,7 +260,7 @@ def _step(q, rings, bars, it, n, full, lo, hi, state, scale, WG: gl.constexpr, C
     l = compute_first(l * per_thread(alpha, C) + thread_sums(p, C))
     p16 = pack(p, v_ring[0].dtype, C)
     mbarrier.wait(v_full.index(nxt), phase)
-    acc = wait(0, acc)
+    acc = wait_output(0, acc)
     if C.DELAY:
         random_delay(C.DELAY)
     barrier_arrive(_v_free(C) + cur, _threads(C))
@@ -288,7 +269,7 @@ def _step(q, rings, bars, it, n, full, lo, hi, state, scale, WG: gl.constexpr, C
 
 @gluon.jit
 def _store_part(acc, inv, rows, M, buffer, desc, coordinates, D: gl.constexpr, C: gl.constexpr):
-    acc = scale_part(acc, inv, D, False)
+    acc = scale_part(acc, inv, D)
     if C.used_q:  # a select, not a factor 0: unused rows of q may hold NaN
         valid = gl.convert_layout(rows < M, rows_layout(D), assert_trivial=True)
         acc = gl.where(gl.expand_dims(valid, 1), acc, 0.0)
@@ -318,8 +299,8 @@ def _consumer(common, WG: gl.constexpr, C: gl.constexpr):
     q_full, k_full, v_full, t_full, t_empty = bars
     W: gl.constexpr = C.WARPGROUPS
     QS: gl.constexpr = 2 if C.CHAIN else 1
-    BN: gl.constexpr = C.BN + C.BN2
-    SCORES: gl.constexpr = 2 if (C.D1 or C.BN2) else 1
+    BN: gl.constexpr = C.BN
+    SCORES: gl.constexpr = 2 if (C.D1 or (C.QREG and C.QREG < C.D0)) else 1
     it = gl.to_tensor(0)
     count = gl.to_tensor(0)
     if C.PINGPONG and WG == 0:
@@ -329,7 +310,7 @@ def _consumer(common, WG: gl.constexpr, C: gl.constexpr):
     # make ptxas serialise all of them.
     mbarrier.wait(q_full.index(WG), 0, pred=work.m >= 0)
     mbarrier.wait(k_full.index(0), 0, pred=work.m >= 0)
-    s = wait(0, issue_scores(_query(q_ring, WG, C), k_ring, 0, C))
+    s = warpgroup_mma_wait(0, deps=(issue_scores(query(q_ring, WG, C), k_ring, 0, C),))
     barrier_arrive(_k_free(C), _threads(C))
     m, l, p16 = _first_softmax(s, work, band, scale, v_ring[0].dtype, WG, C)
     while work.m >= 0:
@@ -338,11 +319,11 @@ def _consumer(common, WG: gl.constexpr, C: gl.constexpr):
         full_lo, full_hi = full_range(m_lo, m_lo + 64, work.M, work.N, band, C)
         full = (gl.cdiv(full_lo, BN), gl.maximum(full_hi, 0) // BN)
         buffer = (count % QS) * W + WG
-        q = _query(q_ring, buffer, C)
+        q = query(q_ring, buffer, C)
         acc = zero_output(C)
         mbarrier.wait(v_full.index(it % C.STAGES), (it // C.STAGES) & 1)
         for j in range(1, n):
-            m, l, acc, p16 = _step(q, (k_ring, v_ring), (k_full, v_full), it, first + n - 1 - j, full, lo, hi,
+            m, l, acc, p16 = _step(q, (k_ring, v_ring), (k_full, v_full), it, key_tile(first, n, j, C), full, lo, hi,
                                    (m, l, acc, p16), scale, WG, C)  # fmt: skip
             it += 1
         if not C.SHARE:
@@ -362,13 +343,13 @@ def _consumer(common, WG: gl.constexpr, C: gl.constexpr):
             barrier_sync(_turn(C) + WG, 256)
         acc = issue_output(p16, v_ring, cur, acc, C)
         if C.CHAIN:
-            s = issue_scores(_query(q_ring, next_buffer, C), k_ring, nxt, C)
+            s = issue_scores(query(q_ring, next_buffer, C), k_ring, nxt, C)
         if C.PINGPONG:
             barrier_arrive(_turn(C) + (WG + 1) % W, 256)
         inv, log_sum = finish(m, l, rows, work, sink, scale[1], C)
         offset = work.b.to(gl.int64) * sizes[9] + work.h.to(gl.int64) * sizes[10] + work.start
         gl.store(lse + offset + rows, log_sum, mask=rows < work.rows)
-        acc = wait(SCORES if C.CHAIN else 0, acc)
+        acc = wait_output(SCORES if C.CHAIN else 0, acc)
         barrier_arrive(_v_free(C) + cur, _threads(C))
         _store(acc, inv, rows, m_lo, work, o_descs, o_ring, buffer if C.SHARE else WG, units, C)
         if not C.CHAIN:
@@ -377,8 +358,8 @@ def _consumer(common, WG: gl.constexpr, C: gl.constexpr):
                 barrier_arrive(_q_free(C), _threads(C))
             mbarrier.wait(k_full.index(nxt), phase, pred=more)
             mbarrier.wait(q_full.index(next_buffer), next_phase, pred=more)
-            s = issue_scores(_query(q_ring, next_buffer, C), k_ring, nxt, C)
-        s = wait(0, s)
+            s = issue_scores(query(q_ring, next_buffer, C), k_ring, nxt, C)
+        s = warpgroup_mma_wait(0, deps=(s,))
         barrier_arrive(_k_free(C) + nxt, _threads(C))
         m, l, p16 = _first_softmax(s, following, band, scale, v_ring[0].dtype, WG, C)
         if C.CHAIN and C.SHARE:
@@ -456,7 +437,7 @@ def attn_fwd_hopper(
             [4, 1],
             [CONSUMER_REGS, PRODUCER_REGS],
         )
-    else:
+    elif W == 3:
         gl.warp_specialize(
             [
                 (_consumer, (common, 0, C)),
@@ -466,4 +447,16 @@ def attn_fwd_hopper(
             ],
             [4, 4, 1],
             [CONSUMER_REGS, CONSUMER_REGS, PRODUCER_REGS],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_consumer, (common, 0, C)),
+                (_consumer, (common, 1, C)),
+                (_consumer, (common, 2, C)),
+                (_consumer, (common, 3, C)),
+                (_producer, (loads, C)),
+            ],
+            [4, 4, 4, 1],
+            [CONSUMER_REGS, CONSUMER_REGS, CONSUMER_REGS, PRODUCER_REGS],
         )

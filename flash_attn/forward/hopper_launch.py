@@ -59,9 +59,11 @@ def split_dim(d: int) -> tuple[int, int]:
 def plan(problem: Problem, changes: tuple = ()) -> Plan:
     """How `problem` is launched; `changes` are ((field of Config or "registers", value), ...) for experiments."""
     tile = _tile(problem) | dict(changes)
-    registers = tile.pop("registers")
+    registers, swizzle = tuple(tile.pop("registers")), tile.pop("swizzle", None)
     D0, D1 = split_dim(problem.head_dim)
     V0, V1 = split_dim(problem.head_dim_v)
+    barriers = 2 * tile["STAGES"] + (2 if tile["CHAIN"] else 1) + tile["PINGPONG"] * tile["WARPGROUPS"]
+    assert barriers <= 14 - tile["WARPGROUPS"], "not enough named barriers"
     config = Config(
         D0=D0, D1=D1, V0=V0, V1=V1, **tile,
         left=problem.left is not None, right=problem.right is not None, softcap=problem.softcap != 0.0,
@@ -76,12 +78,10 @@ def plan(problem: Problem, changes: tuple = ()) -> Plan:
         block = [1, 1, 1, rows, dim] if ragged else [1, 1, rows, dim]
         return block, gl.NVMMASharedLayout.get_default_for(block, _GLUON[problem.dtype])
 
-    second = (config.BN2, D0) if config.BN2 else (config.BN, D1)
-    second_v = (config.BN2, V0) if config.BN2 else (config.BN, V1)
     parts = (
         part(64, D0, ragged_q), part(64, D1, ragged_q),
-        part(config.BN, D0, ragged_k), part(*second, ragged_k),
-        part(config.BN, V0, ragged_k), part(*second_v, ragged_k),
+        part(config.BN, D0, ragged_k), part(config.BN, D1, ragged_k),
+        part(config.BN, V0, ragged_k), part(config.BN, V1, ragged_k),
         part(64, V0, ragged_q), part(64, V1, ragged_q),
     )  # fmt: skip
     constants = {
@@ -91,7 +91,7 @@ def plan(problem: Problem, changes: tuple = ()) -> Plan:
         "DV": problem.head_dim_v,
     }
     blocks = -(-problem.max_q // (64 * config.WARPGROUPS))
-    return Plan(config, registers, parts, _swizzle(problem), blocks, constants)
+    return Plan(config, registers, parts, swizzle or _swizzle(problem), blocks, constants)
 
 
 def _tile(problem: Problem) -> dict[str, Any]:
@@ -101,17 +101,15 @@ def _tile(problem: Problem) -> dict[str, Any]:
     if row is not None:
         return dict(row["config"])
     dim = sum(split_dim(max(problem.head_dim, problem.head_dim_v)))
-    tile = dict(WARPGROUPS=2, BN=128, BN2=0, STAGES=2, PINGPONG=True, CHAIN=True, POLY=0, LAZY=False, SHARE=False,
+    tile = dict(WARPGROUPS=2, BN=128, STAGES=2, PINGPONG=False, CHAIN=True, QREG=0, SHARE=False,
                 registers=(240, 24))  # fmt: skip
-    if dim <= 64 and (problem.right is None or problem.max_q > 2048):
-        return tile | dict(WARPGROUPS=3, STAGES=3, registers=(160, 32))
     if dim <= 64:
         return tile | dict(STAGES=4)
     if dim <= 128:
         return tile
-    if problem.head_dim_v <= 128:
+    if problem.head_dim_v <= 128:  # shared memory has no room for a second Q
         return tile | dict(CHAIN=False, SHARE=True)
-    return tile | dict(BN=64, PINGPONG=False, CHAIN=False, SHARE=True, STAGES=3 if dim <= 192 else 2)
+    return tile | dict(BN=64, CHAIN=False, SHARE=True, STAGES=3 if dim <= 192 else 2)
 
 
 def _swizzle(problem: Problem) -> int:
@@ -129,106 +127,143 @@ def _swizzle(problem: Problem) -> int:
 
 def addressable(x: Tensor) -> bool:
     """Whether TMA can walk `x`: 16-byte aligned base and strides, last dimension contiguous, nothing broadcast."""
-    return (
-        x.stride(-1) == 1
-        and x.data_ptr() % 16 == 0
-        and all(
-            s % _UNIT == 0 and (s > 0 or n == 1) for s, n in zip(x.stride()[:-1], x.shape[:-1], strict=True)
-        )
-    )
+    strides = x.stride()
+    if x.data_ptr() % 16 or strides[-1] != 1:
+        return False
+    return all(s % _UNIT == 0 and (s > 0 or n == 1) for s, n in zip(strides[:-1], x.shape[:-1], strict=True))
 
 
-def _box(x: Tensor, packed: bool, ragged: bool, part) -> Box | None:
-    if part is None:
-        return None
+def _template(shape: tuple, strides: tuple, packed: bool, ragged: bool) -> tuple[list[int], list[int]]:
+    """(shape, strides) of the TMA descriptor of a tensor."""
     if packed:
-        (_, heads, dim), (row_stride, head_stride, _) = x.shape, x.stride()
+        (rows, heads, dim), (row_stride, head_stride, _) = shape, strides
     else:
-        (batch, rows, heads, dim), (batch_stride, row_stride, head_stride, _) = x.shape, x.stride()
+        (batch, rows, heads, dim), (batch_stride, row_stride, head_stride, _) = shape, strides
     # a dimension of size 1 may have any stride; TMA wants a multiple of 16 bytes all the same
     head_stride = head_stride if heads > 1 else _UNIT
     if ragged:
         wrap = (1 << 34) - row_stride
-        shape = [_MAX_INT, _MAX_INT, heads, RAGGED_ROWS.value, dim]
-        return Box(x, shape, [wrap, _UNIT, head_stride, row_stride, 1], *part)
+        return [_MAX_INT, _MAX_INT, heads, RAGGED_ROWS.value, dim], [wrap, _UNIT, head_stride, row_stride, 1]
     row_stride = row_stride if rows > 1 else _UNIT
     batch_stride = batch_stride if batch > 1 else _UNIT
-    return Box(x, [batch, heads, rows, dim], [batch_stride, head_stride, row_stride, 1], *part)
+    return [batch, heads, rows, dim], [batch_stride, head_stride, row_stride, 1]
 
 
-def _units(x: Tensor, packed: bool) -> tuple[int, int]:
+def _units(strides: tuple, packed: bool) -> tuple[int, int]:
     """(batch, row) strides in units of 16 bytes."""
-    return (0, x.stride(0) // _UNIT) if packed else (x.stride(0) // _UNIT, x.stride(1) // _UNIT)
+    return (0, strides[0] // _UNIT) if packed else (strides[0] // _UNIT, strides[1] // _UNIT)
+
+
+class Prepared(NamedTuple):
+    """All of a call that depends on shapes and strides but not on addresses."""
+
+    boxes: tuple  # of q0, q1, k0, k1, v0, v1, out0, out1: (shape, strides, block shape, layout) or None
+    out_shape: tuple[int, ...]
+    lse_shape: tuple[int, ...]
+    packed: bool
+    tail: tuple  # arguments from `sizes` on, then the constants
+    constants: dict[str, Any]
+    grid: tuple[int, int, int]
+
+
+def prepare(problem: Problem, ops: Operands, changes: tuple = ()) -> Prepared:
+    """What to launch for `problem` with operands of these shapes and strides."""
+    p = plan(problem, changes)
+    q, k, v = ops[:3]
+    H, Dv = problem.heads, problem.head_dim_v
+    packed_q, packed_k = problem.varlen_q, problem.varlen_k
+    ragged_k = packed_k or problem.seqused_k
+    out_shape = (*q.shape[:-1], Dv)
+    out_strides = (H * Dv, Dv, 1) if packed_q else (q.shape[1] * H * Dv, H * Dv, Dv, 1)
+    lse_shape = (H, q.shape[0]) if packed_q else (problem.batch, H, problem.max_q)
+    lse_strides = (0, q.shape[0]) if packed_q else (H * problem.max_q, problem.max_q)
+    total = q.shape[0] if packed_q else 0
+    tiles = (
+        total // (64 * p.config.WARPGROUPS) + problem.batch if packed_q else p.blocks * problem.batch
+    ) * H
+    walks = (
+        (q.shape, q.stride(), packed_q, packed_q), (k.shape, k.stride(), packed_k, ragged_k),
+        (v.shape, v.stride(), packed_k, ragged_k), (out_shape, out_strides, packed_q, packed_q),
+    )  # fmt: skip
+    boxes = tuple(
+        None if part is None else (*_template(*walks[i // 2]), *part) for i, part in enumerate(p.parts)
+    )
+    units = None
+    if packed_q or ragged_k:
+        units = tuple(u for _, strides, packed, _ in walks for u in _units(strides, packed))
+    tail = (
+        (problem.max_q, problem.max_k, H, problem.group, problem.batch, p.swizzle, p.blocks, tiles, total,
+         *lse_strides),
+        (problem.left or 0, problem.right or 0), units, factors(problem.scale, problem.softcap),
+        *p.constants.values(),
+    )  # fmt: skip
+    info = device.info(q.device.index)
+    assert info is not None
+    return Prepared(
+        boxes, out_shape, lse_shape, packed_q, tail, p.constants, (min(tiles, info.multiprocessors), 1, 1)
+    )
+
+
+def arguments(ready: Prepared, ops: Operands, out: Tensor, lse: Tensor, counter: Tensor) -> tuple:
+    """The arguments of the kernel, constants included."""
+    q, k, v = ops[:3]
+    q0, q1, k0, k1, v0, v1, o0, o1 = ready.boxes
+    return (
+        Box(q, *q0), None if q1 is None else Box(q, *q1), Box(k, *k0), None if k1 is None else Box(k, *k1),
+        Box(v, *v0), None if v1 is None else Box(v, *v1), Box(out, *o0), None if o1 is None else Box(out, *o1),
+        lse, out if ready.packed else None, ops.sink, counter, ops[3:7], *ready.tail,
+    )  # fmt: skip
 
 
 _counters: dict[tuple[int, int], Tensor] = {}
 
 
-def _counter(index: int, stream: int, on: torch.device) -> Tensor:
+def _counter(index: int, on: torch.device) -> Tensor:
     """Two zeros for the tile scheduler, which the kernel leaves at zero: launches that may overlap must not share them.
 
     Launches of one stream follow each other. A captured graph may be replayed on any stream, so it gets its own.
     """
     if torch.cuda.is_current_stream_capturing():
         return torch.zeros(2, dtype=torch.int32, device=on)
-    counter = _counters.get((index, stream))
+    key = (index, torch._C._cuda_getCurrentRawStream(index))
+    counter = _counters.get(key)
     if counter is None:
-        counter = _counters[(index, stream)] = torch.zeros(2, dtype=torch.int32, device=on)
+        counter = _counters[key] = torch.zeros(2, dtype=torch.int32, device=on)
     return counter
 
 
-def arguments(
-    problem: Problem, ops: Operands, p: Plan, out: Tensor, lse: Tensor, counter: Tensor
-) -> tuple[tuple, int]:
-    """(the run-time arguments of the kernel, how many tiles there are at most)."""
-    q, k, v = ops[:3]
-    H = problem.heads
-    packed_q, packed_k = problem.varlen_q, problem.varlen_k
-    ragged_k = packed_k or problem.seqused_k
-    total = q.shape[0] if packed_q else 0
-    tiles = (
-        total // (64 * p.config.WARPGROUPS) + problem.batch if packed_q else p.blocks * problem.batch
-    ) * H
-    units = None
-    if packed_q or ragged_k:
-        units = (*_units(q, packed_q), *_units(k, packed_k), *_units(v, packed_k), *_units(out, packed_q))
-    q0, q1, k0, k1, v0, v1, o0, o1 = p.parts
-    args = (
-        _box(q, packed_q, packed_q, q0), _box(q, packed_q, packed_q, q1),
-        _box(k, packed_k, ragged_k, k0), _box(k, packed_k, ragged_k, k1),
-        _box(v, packed_k, ragged_k, v0), _box(v, packed_k, ragged_k, v1),
-        _box(out, packed_q, packed_q, o0), _box(out, packed_q, packed_q, o1),
-        lse, out if packed_q else None, ops.sink, counter,
-        (ops.cu_seqlens_q, ops.cu_seqlens_k, ops.seqused_q, ops.seqused_k),
-        (problem.max_q, problem.max_k, H, problem.group, problem.batch, p.swizzle, p.blocks, tiles, total,
-         0 if packed_q else lse.stride(0), lse.stride(-2)),
-        (problem.left or 0, problem.right or 0), units,
-        factors(problem.scale, problem.softcap),
-    )  # fmt: skip
-    return args, tiles
+MOST = 4096  # calls remembered; packed batches bring ever new lengths
+_ready: dict[Any, tuple[Prepared, launcher.Binary]] = {}
 
 
-_binaries: dict[Any, launcher.Binary] = {}
+def _key(problem: Problem, ops: Operands, changes: tuple) -> tuple:
+    q, k, v, sink = ops.q, ops.k, ops.v, ops.sink
+    dtype = None if sink is None else sink.dtype
+    return problem, q.shape, q.stride(), k.shape, k.stride(), v.stride(), q.device.index, dtype, changes
 
 
 def forward(problem: Problem, ops: Operands, changes: tuple = ()) -> tuple[Tensor, Tensor]:
     """(out, lse) of `problem`; q, k and v that TMA cannot walk are copied first."""
-    q, k, v = ops[:3]
-    if not (addressable(q) and addressable(k) and addressable(v)):
-        q, k, v = (x if addressable(x) else x.clone(memory_format=torch.contiguous_format) for x in (q, k, v))
-        ops = ops._replace(q=q, k=k, v=v)
-    p = plan(problem, changes)
-    out = torch.empty((*q.shape[:-1], problem.head_dim_v), dtype=q.dtype, device=q.device)
-    shape = (problem.heads, q.shape[0]) if problem.varlen_q else (problem.batch, problem.heads, problem.max_q)
-    lse = torch.empty(shape, dtype=torch.float32, device=q.device)
-    if q.numel() == 0 or k.numel() == 0:
+    key = _key(problem, ops, changes)
+    found = _ready.get(key)
+    unsure = found is None or (ops.q.data_ptr() | ops.k.data_ptr() | ops.v.data_ptr()) % 16
+    if unsure and not all(addressable(x) for x in ops[:3]):
+        walkable = (x if addressable(x) else x.clone(memory_format=torch.contiguous_format) for x in ops[:3])
+        ops = ops._replace(**dict(zip(("q", "k", "v"), walkable, strict=True)))
+        key = _key(problem, ops, changes)
+        found = _ready.get(key)
+    q = ops.q
+    ready = found[0] if found is not None else prepare(problem, ops, changes)
+    out = torch.empty(ready.out_shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(ready.lse_shape, dtype=torch.float32, device=q.device)
+    if found is None and (q.numel() == 0 or ops.k.numel() == 0):
         return out.zero_(), lse.fill_(float("-inf"))
-    index = q.device.index
-    stream = torch._C._cuda_getCurrentRawStream(index)
-    args, tiles = arguments(problem, ops, p, out, lse, _counter(index, stream, q.device))
-    key = (p.config, p.registers, index, q.dtype, None if ops.sink is None else ops.sink.dtype)
-    binary = _binaries.get(key)
-    if binary is None:
-        binary = _binaries[key] = launcher.prepare(attn_fwd_hopper, args, p.constants, problem=problem)
-    binary.launch((min(tiles, device.info(index).multiprocessors), 1, 1), (*args, *p.constants.values()))
+    args = arguments(ready, ops, out, lse, _counter(q.device.index, q.device))
+    if found is None:
+        values = args[: -len(ready.constants)]
+        found = ready, launcher.prepare(attn_fwd_hopper, values, ready.constants, problem=problem)
+        if len(_ready) >= MOST:
+            _ready.clear()
+        _ready[key] = found
+    found[1].launch(ready.grid, args)
     return out, lse

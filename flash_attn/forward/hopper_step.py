@@ -1,9 +1,9 @@
 """The arithmetic of the Hopper forward on one warpgroup's 64 rows: products, mask, softmax, rescale.
 
-A key tile may have two power-of-two parts (BN, BN2) and a head dim as well (D0, D1); functions take and give tuples
-with one entry per part. `C` is `flash_attn.forward.hopper.Config`. Masks, logits and key ranges come from `tile/`; the
-softmax is `tile/softmax.py: update` with three changes that its callers there do not need: the scale rides on the
-subtraction (one FMA per element), sums stay in the threads until the end, and the maximum may lag (LAZY).
+A head dim may have two power-of-two parts (D0, D1 and V0, V1); O is a tuple with one entry per part. `C` is the
+forward's Config. Masks, soft cap and key ranges come from `tile/`; the softmax is `tile/softmax.py: update` with two
+differences that its callers there do not need: the scale rides on the subtraction (one FMA per element), and sums stay
+in the threads until the end.
 """
 
 from triton.experimental import gluon
@@ -13,18 +13,13 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warp
 from flash_attn.tile.hopper import (
     column_layout,
     column_registers,
-    exp2_fma,
     from_columns,
-    rescale_rows,
     row_limit,
     to_columns,
 )
-from flash_attn.tile.score import LOG2E, capped
+from flash_attn.tile.score import LOG2E
 
 LN2 = gl.constexpr(0.6931471805599453)
-LAZY_LOG2 = gl.constexpr(
-    8.0
-)  # how far the maximum may lag: p <= 2^8 fits fp16, and floating point loses nothing
 
 
 @gluon.constexpr_function
@@ -40,45 +35,59 @@ def rows_layout(N):
 
 
 @gluon.jit
-def issue_scores(q, ring, st, C: gl.constexpr):
-    """S = Q K^T of stage `st`, in flight; one token per part of the key tile."""
-    BN: gl.constexpr = C.BN
-    BN2: gl.constexpr = C.BN2
+def query(ring, buffer, C: gl.constexpr):
+    """Q as operands of `issue_scores`: the first QREG columns in registers, the rest in shared memory."""
     D0: gl.constexpr = C.D0
     D1: gl.constexpr = C.D1
+    QREG: gl.constexpr = C.QREG
+    q = ring[0].index(buffer).reshape([64, D0])
+    if QREG:
+        registers: gl.constexpr = gl.DotOperandLayout(0, accumulator(C.BN), 2)
+        if QREG == D0:
+            return (q.load(registers),)
+        else:
+            return q.slice(0, QREG, 1).load(registers), q.slice(QREG, D0 - QREG, 1)
+    elif D1:
+        return q, ring[1].index(buffer).reshape([64, D1])
+    else:
+        return (q,)
+
+
+@gluon.jit
+def issue_scores(q, ring, st, C: gl.constexpr):
+    """S = Q K^T of stage `st`, in flight."""
+    BN: gl.constexpr = C.BN
+    D0: gl.constexpr = C.D0
+    D1: gl.constexpr = C.D1
+    QREG: gl.constexpr = C.QREG
     z = gl.zeros([64, BN], gl.float32, accumulator(BN))
-    s = warpgroup_mma(
-        q[0], ring[0].index(st).reshape([BN, D0]).permute((1, 0)), z, use_acc=False, is_async=True
-    )
+    k = ring[0].index(st).reshape([BN, D0])
+    if QREG and QREG < D0:
+        s = warpgroup_mma(q[0], k.slice(0, QREG, 1).permute((1, 0)), z, use_acc=False, is_async=True)
+        s = warpgroup_mma(q[1], k.slice(QREG, D0 - QREG, 1).permute((1, 0)), s, is_async=True)
+    else:
+        s = warpgroup_mma(q[0], k.permute((1, 0)), z, use_acc=False, is_async=True)
     if D1:
         s = warpgroup_mma(q[1], ring[1].index(st).reshape([BN, D1]).permute((1, 0)), s, is_async=True)
-    if BN2:
-        z2 = gl.zeros([64, BN2], gl.float32, accumulator(BN2))
-        k2 = ring[1].index(st).reshape([BN2, D0]).permute((1, 0))
-        return s, warpgroup_mma(q[0], k2, z2, use_acc=False, is_async=True)
-    else:
-        return (s,)
+    return s
 
 
 @gluon.jit
 def issue_output(p, ring, st, acc, C: gl.constexpr):
     """O += P V of stage `st`, in flight; one token per part of the head dim."""
     BN: gl.constexpr = C.BN
-    BN2: gl.constexpr = C.BN2
     V0: gl.constexpr = C.V0
     V1: gl.constexpr = C.V1
-    a = warpgroup_mma(p[0], ring[0].index(st).reshape([BN, V0]), acc[0], is_async=True)
-    if BN2:
-        a = warpgroup_mma(p[1], ring[1].index(st).reshape([BN2, V0]), a, is_async=True)
+    a = warpgroup_mma(p, ring[0].index(st).reshape([BN, V0]), acc[0], is_async=True)
     if V1:
-        return a, warpgroup_mma(p[0], ring[1].index(st).reshape([BN, V1]), acc[1], is_async=True)
+        return a, warpgroup_mma(p, ring[1].index(st).reshape([BN, V1]), acc[1], is_async=True)
     else:
         return (a,)
 
 
 @gluon.jit
-def wait(pending: gl.constexpr, tokens):
-    """The values of `tokens` once at most `pending` products are in flight."""
+def wait_output(pending: gl.constexpr, tokens):
+    """O once at most `pending` products are in flight."""
     if len(tokens) == 1:
         return (warpgroup_mma_wait(pending, deps=(tokens[0],)),)
     else:
@@ -86,90 +95,33 @@ def wait(pending: gl.constexpr, tokens):
 
 
 @gluon.jit
-def _keep(s, n0, lo, hi, N: gl.constexpr, C: gl.constexpr):
+def mask(s, n, lo, hi, C: gl.constexpr):
+    """-inf outside the keys [lo, hi) of each row, in key tile n."""
+    N: gl.constexpr = C.BN
     cols = column_registers(N)
     s = to_columns(s, N)
-    s = gl.where(cols < row_limit(hi - n0, N), s, float("-inf"))
+    s = gl.where(cols < row_limit(hi - n * N, N), s, float("-inf"))
     if C.left:
-        s = gl.where(cols >= row_limit(lo - n0, N), s, float("-inf"))
+        s = gl.where(cols >= row_limit(lo - n * N, N), s, float("-inf"))
     return from_columns(s, N, accumulator(N))
 
 
 @gluon.jit
-def mask(s, n, lo, hi, C: gl.constexpr):
-    """-inf outside the keys [lo, hi) of each row, in key tile n."""
-    n0 = n * (C.BN + C.BN2)
-    a = _keep(s[0], n0, lo, hi, C.BN, C)
-    if C.BN2:
-        R: gl.constexpr = rows_layout(C.BN2)
-        lo2 = gl.convert_layout(lo, R, assert_trivial=True)
-        hi2 = gl.convert_layout(hi, R, assert_trivial=True)
-        return a, _keep(s[1], n0 + C.BN, lo2, hi2, C.BN2, C)
-    else:
-        return (a,)
-
-
-@gluon.jit
-def score(s, inner, C: gl.constexpr):
-    """Products, soft capped; the other factor of the logits is applied inside `softmax`."""
-    if C.BN2:
-        return capped(s[0], inner, C), capped(s[1], inner, C)
-    else:
-        return (capped(s[0], inner, C),)
-
-
-@gluon.jit
-def _thread_max(s, N: gl.constexpr):
-    return gl.max(gl.max(to_columns(s, N), 3), 1)
-
-
-@gluon.jit
-def _thread_sum(p, N: gl.constexpr):
-    return gl.sum(gl.sum(to_columns(p, N), 3), 1)
-
-
-@gluon.jit
-def _exp2(x, N: gl.constexpr, C: gl.constexpr):
-    if C.POLY:
-        x4 = to_columns(x, N)
-        # the condition is constant in every register, so only one side of it is ever computed
-        p = gl.where((column_registers(N) // 8) % 4 < C.POLY, exp2_fma(x4), gl.exp2(x4))
-        return from_columns(p, N, accumulator(N))
-    else:
-        return gl.exp2(x)
-
-
-@gluon.jit
-def softmax(s, m, scale_log2, MASKED: gl.constexpr, C: gl.constexpr):
-    """(p in fp32, new maximum, factor for sum and output)."""
-    R: gl.constexpr = rows_layout(C.BN)
-    P: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, column_layout(C.BN)))
-    top = _thread_max(s[0], C.BN)
-    if C.BN2:
-        top = gl.maximum(top, gl.convert_layout(_thread_max(s[1], C.BN2), P, assert_trivial=True))
-    m_new = gl.maximum(m, gl.convert_layout(gl.max(top, 1), R, assert_trivial=True))
-    if C.LAZY:
-        m_new = gl.where((m_new - m) * scale_log2 > LAZY_LOG2, m_new, m)
-    pivot = m_new * scale_log2
+def softmax(s, m, outer, MASKED: gl.constexpr, C: gl.constexpr):
+    """(p in fp32, new maximum, factor for sum and output) of (soft capped) products; base-2 logits are s * outer."""
+    top = gl.max(gl.max(gl.max(to_columns(s, C.BN), 3), 1), 1)  # in the thread first, then over the quad
+    m_new = gl.maximum(m, gl.convert_layout(top, rows_layout(C.BN), assert_trivial=True))
+    pivot = m_new * outer
     if MASKED:  # a row that has seen no key: -inf - -inf would be NaN
         pivot = gl.where(m_new == float("-inf"), 0.0, pivot)
-    alpha = gl.exp2(m * scale_log2 - pivot)
-    p = _exp2(s[0] * scale_log2 - gl.expand_dims(pivot, 1), C.BN, C)
-    if C.BN2:
-        pivot = gl.convert_layout(pivot, rows_layout(C.BN2), assert_trivial=True)
-        return (p, _exp2(s[1] * scale_log2 - gl.expand_dims(pivot, 1), C.BN2, C)), m_new, alpha
-    else:
-        return (p,), m_new, alpha
+    alpha = gl.exp2(m * outer - pivot)
+    return gl.exp2(s * outer - gl.expand_dims(pivot, 1)), m_new, alpha
 
 
 @gluon.jit
 def thread_sums(p, C: gl.constexpr):
     """Row sums of what each thread holds, (64, 4): no shuffles."""
-    l = _thread_sum(p[0], C.BN)
-    if C.BN2:
-        P: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, column_layout(C.BN)))
-        l += gl.convert_layout(_thread_sum(p[1], C.BN2), P, assert_trivial=True)
-    return l
+    return gl.sum(gl.sum(to_columns(p, C.BN), 3), 1)
 
 
 @gluon.jit
@@ -182,30 +134,21 @@ def per_thread(x, C: gl.constexpr):
 @gluon.jit
 def pack(p, dtype: gl.constexpr, C: gl.constexpr):
     """P as register operand of wgmma."""
-    OP: gl.constexpr = gl.DotOperandLayout(0, accumulator(C.V0), 2)
-    a = gl.convert_layout(p[0].to(dtype), OP, assert_trivial=True)
-    if C.BN2:
-        return a, gl.convert_layout(p[1].to(dtype), OP, assert_trivial=True)
-    else:
-        return (a,)
+    return gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, accumulator(C.V0), 2), assert_trivial=True)
 
 
 @gluon.jit
-def scale_part(acc, factor, N: gl.constexpr, LAZY: gl.constexpr):
-    """acc * factor per row; LAZY: factors are nearly always 1."""
-    factor = gl.expand_dims(gl.convert_layout(factor, rows_layout(N), assert_trivial=True), 1)
-    if LAZY:
-        return rescale_rows(acc, factor, N)
-    else:
-        return acc * factor
+def scale_part(acc, factor, N: gl.constexpr):
+    """acc * factor per row."""
+    return acc * gl.expand_dims(gl.convert_layout(factor, rows_layout(N), assert_trivial=True), 1)
 
 
 @gluon.jit
 def scale_output(acc, factor, C: gl.constexpr):
     if C.V1:
-        return scale_part(acc[0], factor, C.V0, C.LAZY), scale_part(acc[1], factor, C.V1, C.LAZY)
+        return scale_part(acc[0], factor, C.V0), scale_part(acc[1], factor, C.V1)
     else:
-        return (scale_part(acc[0], factor, C.V0, C.LAZY),)
+        return (scale_part(acc[0], factor, C.V0),)
 
 
 @gluon.jit

@@ -30,10 +30,20 @@ class Work(NamedTuple):
 def blocks(m, M, N, band, C: gl.constexpr):
     """(first key tile, number of key tiles, at least 1) that the queries of block m need."""
     BM: gl.constexpr = 64 * C.WARPGROUPS
-    BN: gl.constexpr = C.BN + C.BN2
+    BN: gl.constexpr = C.BN
     lo, hi = key_range(m * BM, gl.minimum(m * BM + BM, M), M, N, band, C)
     first = lo // BN
     return first, gl.maximum(gl.cdiv(gl.maximum(hi, 0), BN) - first, 1)
+
+
+@gluon.jit
+def key_tile(first, n, j, C: gl.constexpr):
+    """The j-th key tile to work on. With a right bound upwards: programs that start together then read the same keys at
+    the same time, although their diagonals differ. Without one downwards: only the first tile then needs a mask."""
+    if C.right:
+        return first + j
+    else:
+        return first + n - 1 - j
 
 
 @gluon.jit
@@ -156,7 +166,7 @@ def zero_tail(out, lse, cu_q, sizes, DV: gl.constexpr):
     i = gl.arange(0, 128, L)
     for row in range(gl.load(cu_q + batch) + gl.program_id(0), total, gl.num_programs(0)):
         for at in range(0, heads * DV, 128):
-            offset = row.to(gl.int64) * (heads * DV) + at + i
+            offset = gl.to_tensor(row).to(gl.int64) * (heads * DV) + at + i
             gl.store(out + offset, gl.zeros([128], out.dtype.element_ty, L), mask=at + i < heads * DV)
         for at in range(0, heads, 128):
             h = at + i

@@ -81,8 +81,8 @@ def compute_first(l):
     thread, sums of exponentials, never negative) and is never taken.
     """
     return gl.inline_asm_elementwise(
-        "{ .reg .pred q; setp.lt.f32 q, $2, 0f00000000; setp.lt.or.f32 q, $3, 0f00000000, q; vote.sync.any.pred q, q, -1; @!q bra.uni FINE; nanosleep.u32 1; FINE:"
-        " mov.b32 $0, $2; mov.b32 $1, $3; }",
+        "{ .reg .pred q; setp.lt.f32 q, $2, 0f00000000; setp.lt.or.f32 q, $3, 0f00000000, q;"
+        " vote.sync.any.pred q, q, -1; @!q bra.uni FINE; nanosleep.u32 1; FINE: mov.b32 $0, $2; mov.b32 $1, $3; }",
         "=f,=f,f,f",
         [l],
         dtype=gl.float32,
@@ -173,45 +173,3 @@ def tma_rows(b, h, row, column, length, end, RAGGED: gl.constexpr):
         return (RAGGED_ROWS, end, h, RAGGED_ROWS - length + row, column)
     else:
         return (b, h, row, column)
-
-
-# ---- arithmetic that saves a unit ----------------------------------------------------------------------------
-
-
-@gluon.jit
-def exp2_fma(x):
-    """2^x for x <= 127 on the FMA and integer units; relative error 1.0e-4, exactly 0 for x <= -127 (and -inf).
-
-    x = i + r with |r| <= 1/2 (adding 1.5 * 2^23 rounds to an integer that sits in the low bits of the sum), 2^r by a
-    minimax cubic with constant term 1, and i added to the exponent (Cody and Waite). bf16 rounds at 2e-3.
-    """
-    x = gl.maximum(x, -127.0)
-    t = x + 12582912.0
-    r = x - (t - 12582912.0)
-    p = ((0.055008931422982105 * r + 0.2422109622164929) * r + 0.6932829273885207) * r + 1.0
-    return (p.to(gl.int32, bitcast=True) + (t.to(gl.int32, bitcast=True) << 23)).to(gl.float32, bitcast=True)
-
-
-@gluon.constexpr_function
-def _rescale_asm(n):
-    # registers 0 and 2 of the accumulator belong to the two rows that a thread holds
-    ones = f"setp.ne.f32 p, ${2 * n}, 0f3F800000; setp.ne.or.f32 p, ${2 * n + 2}, 0f3F800000, p;"
-    scale = "".join(f" mul.f32 ${i}, ${i}, ${2 * n + i};" for i in range(n))
-    return f"{{ .reg .pred p; {ones} vote.sync.any.pred p, p, 0xffffffff; @!p bra.uni DONE;{scale} DONE: }}"
-
-
-@gluon.constexpr_function
-def _rescale_constraints(n):
-    return ",".join(["=f"] * n + [str(i) for i in range(n)] + ["f"] * n)
-
-
-@gluon.jit
-def rescale_rows(acc, factor, N: gl.constexpr):
-    """acc * factor, (64, N) fp32 accumulator by (64, 1); a warp whose 16 factors are all 1 skips the product.
-
-    Gluon has no warp-uniform branch, hence one block of assembly for all N/2 registers of a thread.
-    """
-    _, factor = gl.broadcast(acc, factor)
-    return gl.inline_asm_elementwise(
-        _rescale_asm(N // 2), _rescale_constraints(N // 2), [acc, factor], dtype=gl.float32, is_pure=True, pack=N // 2
-    )

@@ -1,0 +1,142 @@
+"""The Hopper forward on the GPU: every feature against the oracle, tile boundaries, repeatability, provoked races."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from cases import Case, build, ids  # noqa: E402
+
+from flash_attn.backends import hopper as backend  # noqa: E402
+from flash_attn.forward import hopper_launch  # noqa: E402
+from flash_attn.problem import Operands  # noqa: E402
+from flash_attn.reference import attention as oracle  # noqa: E402
+from flash_attn.reference import eager  # noqa: E402
+from flash_attn.utils import device  # noqa: E402
+from flash_attn.utils.testing import assert_as_close_as_torch, nan_empty  # noqa: E402
+
+info = device.info()
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(info is None or info.capability != (9, 0), reason="needs a Hopper GPU"),
+]
+BF16, FP16 = torch.bfloat16, torch.float16
+LONG = dict(max_q=700, max_k=900, dtype=BF16, head_dim=64)
+PACKED = dict(
+    batch=6, packed_q=(1, 130, 64, 300, 0, 257), packed_k=(70, 130, 0, 555, 12, 128), max_q=300, max_k=555
+)
+CASES = [
+    Case(f"{name}_{d}", **LONG | dict(head_dim=d) | mask)
+    for d in (64, 128, 256)
+    for name, mask in {
+        "full": {}, "causal": dict(causal=True), "window": dict(window=(100, 50)), "left": dict(window=(129, -1)),
+        "right": dict(window=(-1, 77)), "slide": dict(window=(200, 0)), "softcap": dict(softcap=5.0, scale=1.0),
+        "sink": dict(sink=True, causal=True), "more_queries": dict(causal=True, max_q=900, max_k=300),
+        "packed": PACKED, "packed_causal": PACKED | dict(causal=True),
+        "packed_all": PACKED | dict(window=(40, 20), softcap=8.0, sink=True, seqused_k=(33, 130, 0, 1, 12, 127)),
+        "packed_used": PACKED | dict(causal=True, seqused_q=(1, 100, 0, 300, 0, 200)),
+        "used": dict(batch=3, seqused_k=(0, 900, 130), seqused_q=(700, 3, 0), causal=True),
+    }.items()
+] + [
+    Case("fp16_causal_128", **LONG | dict(head_dim=128, dtype=FP16), causal=True),
+    Case("fp16_softcap_64", **LONG | dict(dtype=FP16), softcap=20.0),
+    Case("mqa", **LONG, heads=8, kv_heads=1, causal=True),
+    Case("mla_192_128", **LONG | dict(head_dim=192), head_dim_v=128, causal=True),
+    Case("mla_packed", head_dim=192, head_dim_v=128, dtype=BF16, causal=True, **PACKED),
+    *(Case(f"head_dim_{d}", **LONG | dict(head_dim=d), causal=True) for d in (8, 32, 40, 72, 80, 96, 160, 192, 224)),
+    Case("head_dim_64_v128", **LONG, head_dim_v=128),
+]  # fmt: skip
+
+
+def check(case: Case, changes: tuple = (), seed: int = 0) -> None:
+    built = build(case, device="cuda", seed=seed)
+    problem, ops = built.problem, built.operands
+    with nan_empty():
+        out, lse = hopper_launch.forward(problem, ops, changes)
+    want, want_lse = oracle.forward(problem, ops)
+    plain, plain_lse = eager.forward(problem, ops)
+    assert_as_close_as_torch(out, want, plain, name="out")
+    assert_as_close_as_torch(lse, want_lse, plain_lse, name="lse")
+
+
+@pytest.mark.parametrize("case", CASES, ids=ids)
+def test_equals_the_oracle(case):
+    assert backend.supports(case.problem("cuda"), "forward") is None
+    check(case)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_every_length_around_a_tile(head_dim, causal):
+    for n in (1, 2, 63, 64, 65, 127, 128, 129, 191, 192, 193, 255, 256, 257, 383, 385):
+        for m in (1, 64, 65, 128, 129, 192, 193):
+            check(
+                Case(
+                    "x", max_q=m, max_k=n, dtype=BF16, head_dim=head_dim, causal=causal, heads=2, kv_heads=1
+                ),
+                seed=n,
+            )
+
+
+def test_many_sequences():
+    """More than one round of the search for a packed tile's sequence."""
+    lengths = tuple((1, 3, 17, 64, 100, 0, 130)[i % 7] for i in range(300))
+    check(Case("x", batch=300, packed_q=lengths, packed_k=lengths, max_q=130, max_k=130, head_dim=64, dtype=BF16,
+               causal=True))  # fmt: skip
+
+
+def test_strided_and_unaligned_inputs():
+    """Views of one packed tensor are read in place; what TMA cannot walk is copied, and says the same."""
+    case = Case("x", max_q=200, max_k=200, heads=4, kv_heads=4, head_dim=64, dtype=BF16, causal=True)
+    qkv = torch.randn(2, 200, 3, 4, 64, device="cuda", dtype=BF16)
+    views = Operands(*qkv.unbind(2))
+    apart = Operands(*(x.contiguous() for x in views[:3]))
+    odd = Operands(*(torch.cat([x.new_empty(2, 200, 4, 1), x], -1)[..., 1:] for x in views[:3]))
+    problem = case.problem("cuda")
+    want = hopper_launch.forward(problem, apart)
+    for ops in (views, odd):
+        for got, w in zip(hopper_launch.forward(problem, ops), want, strict=True):
+            assert torch.equal(got, w)
+
+
+REPEATED = [Case("x", batch=4, max_q=1024, max_k=1024, heads=16, kv_heads=16, head_dim=d, dtype=BF16, causal=c)
+            for d in (64, 128, 256) for c in (False, True)]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REPEATED, ids=lambda c: f"{c.head_dim}_{c.causal}")
+def test_repeats_bitwise(case):
+    built = build(case, device="cuda")
+    want = hopper_launch.forward(built.problem, built.operands)
+    different = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(1000):
+        for got, w in zip(hopper_launch.forward(built.problem, built.operands), want, strict=True):
+            different += (got != w).sum()
+    assert different.item() == 0
+
+
+@pytest.mark.parametrize("case", REPEATED, ids=lambda c: f"{c.head_dim}_{c.causal}")
+def test_random_delays_change_nothing(case):
+    """Sleeps before every wait of every role: a missing barrier would show."""
+    built = build(case, device="cuda")
+    want = hopper_launch.forward(built.problem, built.operands)
+    for _ in range(5):
+        got = hopper_launch.forward(built.problem, built.operands, (("DELAY", 4095),))
+        assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+
+
+def test_graph_replays_beside_eager_calls():
+    """A captured launch has a tile counter of its own."""
+    case = REPEATED[1]
+    built = build(case, device="cuda")
+    want, _ = hopper_launch.forward(built.problem, built.operands)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured, _ = hopper_launch.forward(built.problem, built.operands)
+    side = torch.cuda.Stream()
+    for _ in range(20):
+        captured.fill_(torch.nan)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(side):
+            graph.replay()
+        eager_out, _ = hopper_launch.forward(built.problem, built.operands)
+        torch.cuda.synchronize()
+        assert torch.equal(captured, want) and torch.equal(eager_out, want)
