@@ -41,9 +41,9 @@ class Fixed(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """A compiled launch that only wants addresses."""
+    """A compiled launch that only wants addresses; without a binary, the tensors must be copied first."""
 
-    binary: launcher.Binary
+    binary: launcher.Binary | None
     fixed: Fixed
     plain: tuple | None  # the arguments behind lse, constants included, when there are no tensors among them
 
@@ -78,6 +78,8 @@ def forward(problem: Problem, ops: Operands) -> tuple[Tensor, Tensor]:
     q, k, v = ops.q, ops.k, ops.v
     out, lse = empty_outputs(problem, q)
     if not launcher.direct(attn_fwd):
+        if problem.device != "cpu" and not aligned(ops):
+            return realigned(problem, ops)
         launcher.launch(*plan(problem, ops, out, lse, table.forward_config(problem)))
         return out, lse
     at_q, at_k, at_v = q.data_ptr(), k.data_ptr(), v.data_ptr()
@@ -93,6 +95,8 @@ def forward(problem: Problem, ops: Operands) -> tuple[Tensor, Tensor]:
             _prepared.clear()
         ready = _prepared[key] = prepare(problem, ops, out, lse)
     fixed = ready.fixed
+    if ready.binary is None:
+        return realigned(problem, ops)
     if ready.plain is not None:
         args = (at_q, at_k, at_v, out.data_ptr(), lse.data_ptr(), *ready.plain)
     else:
@@ -102,9 +106,38 @@ def forward(problem: Problem, ops: Operands) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
+def aligned(ops: Operands) -> bool:
+    """Whether every row of q, k and v starts at a multiple of 16 bytes."""
+    return all(
+        x.data_ptr() % 16 == 0 and all(step * x.element_size() % 16 == 0 for step in x.stride()[:-1])
+        for x in ops[:3]
+    )
+
+
+def realigned(problem: Problem, ops: Operands) -> tuple[Tensor, Tensor]:
+    """`forward` on copies of q, k and v whose rows are padded with zeros to a multiple of 16 bytes.
+
+    As FlashAttention-2 does. The kernel can read rows that start anywhere, and compiles, but for head dim 33 in
+    bfloat16 its result was wrong on an H200 (Triton 3.6, tiles 128 x 64, 2026-11-21; right in the interpreter).
+    """
+
+    def padded(x: Tensor) -> Tensor:
+        D = x.shape[-1]
+        copy = x.new_zeros((*x.shape[:-1], D + -D % (16 // x.element_size())))
+        copy[..., :D] = x
+        return copy
+
+    q, k, v = (padded(x) for x in ops[:3])
+    wide = problem._replace(head_dim=q.shape[-1], head_dim_v=v.shape[-1])
+    out, lse = forward(wide, ops._replace(q=q, k=k, v=v))
+    return out[..., : problem.head_dim_v].contiguous(), lse
+
+
 def prepare(problem: Problem, ops: Operands, out: Tensor, lse: Tensor) -> Prepared:
     """The compiled kernel for `problem`, with smaller tiles where the first choice does not fit the device."""
     config = table.forward_config(problem)
+    if not aligned(ops):
+        return Prepared(None, fix(problem, ops, out, lse, config), None)
     while True:
         step = plan(problem, ops, out, lse, config)
         try:
