@@ -57,6 +57,14 @@ class TestFlashAttentionBackward:
         assert not close(sketch, want)
         assert max((s - w).abs().max() for s, w in zip(sketch, want, strict=True)) > 1
 
+    def test_inputs_that_require_gradients(self):
+        """As in the plan's own test; what comes back is a plain tensor."""
+        for dtype in (torch.float32, torch.bfloat16):
+            q, k, v = (x.requires_grad_() for x in inputs(1, 8, 2, 16, dtype=dtype))
+            out = flash_attention_forward(q, k, v, causal=True)
+            results = out, *flash_attention_backward(torch.randn_like(out), q, k, v, out, None, causal=True)
+            assert not any(x.requires_grad for x in results)
+
     def test_gradient_correctness(self):
         """Against finite differences, and against the yardstick in half precision."""
         q, k, v = inputs(1, 5, 2, 3)

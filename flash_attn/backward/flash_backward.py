@@ -1,5 +1,6 @@
 """Forward and backward of dense attention as plain functions: no autograd, the gradients are the result."""
 
+import torch
 from torch import Tensor
 
 from flash_attn import _legacy
@@ -7,13 +8,15 @@ from flash_attn.attention import run_forward
 from flash_attn.validate import describe
 
 
+@torch.no_grad()
 def flash_attention_forward(
     q: Tensor, k: Tensor, v: Tensor, causal: bool = False, softmax_scale: float | None = None
 ) -> Tensor:
     """softmax(softmax_scale * q k^T) v: q (B, M, H, D), k and v (B, N, Hk, D) -> (B, M, H, D)."""
-    return run_forward(*describe(q, k, v, 0.0, softmax_scale, causal))[0].detach()
+    return run_forward(*describe(q, k, v, 0.0, softmax_scale, causal))[0]
 
 
+@torch.no_grad()
 def flash_attention_backward(
     dout: Tensor,
     q: Tensor,

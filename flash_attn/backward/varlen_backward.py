@@ -1,5 +1,6 @@
 """Backward of packed attention as a plain function: no autograd, the gradients are the result."""
 
+import torch
 from torch import Tensor
 
 from flash_attn import _legacy
@@ -7,6 +8,7 @@ from flash_attn.attention import run_forward
 from flash_attn.validate import describe_varlen
 
 
+@torch.no_grad()
 def flash_attention_varlen_backward(
     dout: Tensor,
     q: Tensor,

@@ -31,6 +31,7 @@ def _unfold(p: Problem, x: Tensor) -> Tensor:
     return x.unflatten(2, (p.group, p.max_q)).flatten(1, 2)
 
 
+@torch.no_grad()
 def forward(p: Problem, ops: Operands) -> tuple[Tensor, Tensor]:
     q, k, v = (x.transpose(1, 2) for x in ops[:3])
     fold = p.group > 1 and not p.causal
@@ -46,6 +47,7 @@ def forward(p: Problem, ops: Operands) -> tuple[Tensor, Tensor]:
     return out.transpose(1, 2).contiguous(), lse.contiguous()
 
 
+@torch.no_grad()
 def backward(
     p: Problem,
     ops: Operands,
