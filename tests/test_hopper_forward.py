@@ -84,6 +84,20 @@ def test_tma_walks_views_of_packed_tensors_but_not_unaligned_ones():
     assert not hopper_launch.addressable(torch.empty(2, 10, 1, 64, dtype=torch.bfloat16).expand(2, 10, 4, 64))
 
 
+def test_measured_rows_serve_plain_problems_only():
+    """A row was checked on dense bf16 problems; everything else runs the rule that was checked with every feature."""
+    rule = hopper_launch.plan(problem(sink=True))
+    row = hopper_launch.plan(problem())
+    assert row.config._replace(sink=True) != rule.config
+    for changes in (dict(softcap=3.0), dict(dtype=torch.float16), dict(packed_q=(3, 4)), dict(head_dim=40)):
+        other = hopper_launch.plan(problem(**changes)).config
+        assert (other.WARPGROUPS, other.BN, other.QREG) == (
+            rule.config.WARPGROUPS,
+            rule.config.BN,
+            rule.config.QREG,
+        )
+
+
 def compiled(case: Case):
     built = build(case)
     ops = built.operands
