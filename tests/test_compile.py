@@ -139,7 +139,7 @@ KERNELS = {
     "forward_split": (forward_split, FEATURES[:2]),
     "backward": (backward, FEATURES),
     "decode": (decode, FEW_QUERIES),
-    "append": (append, CACHE),
+    "append": (append, [*CACHE, CACHE[0]._replace(id="append_24_40", head_dim=24, head_dim_v=40)]),
     "rotary": (rotary, FEATURES[:1]),
 }
 

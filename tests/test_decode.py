@@ -56,7 +56,7 @@ class TestPlanning:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
     def test_tiles_fit(self, device, dims, dtype):
         p = problem(head_dim=dims[0], head_dim_v=dims[1], dtype=dtype, max_q=9)
-        found = splits.configs(p, device.shared_memory)
+        found = splits.configs(p, device.shared_memory, device.multiprocessors)
         assert found
         d, dv = (max(16, 1 << (x - 1).bit_length()) for x in dims)
         for config in found[:-1]:
@@ -68,7 +68,7 @@ class TestPlanning:
     @pytest.mark.parametrize("max_k", [256, 4096, 131072])
     def test_splits_fill_the_machine_and_no_more(self, batch, max_k):
         p = problem(batch=batch, max_k=max_k)
-        config = splits.configs(p, self.H200.shared_memory)[0]
+        config = splits.configs(p, self.H200.shared_memory, 132)[0]
         spans = splits.num_splits(p, config, 132)
         assert 1 <= spans <= splits.MAX_SPLITS
         assert spans * config.block_n <= max(max_k, config.block_n)
@@ -182,9 +182,7 @@ class TestKernel:
         p, ops, *_ = build(Case("decode", max_q=1, max_k=260, seqused_k=(3, 260)))
         with dispatch.use_backend("triton"):
             out, lse = dispatch.select(p).forward(p, ops)
-        direct = decode.run(
-            p, ops, splits.configs(p, 2**16)[0], splits.num_splits(p, splits.configs(p, 2**16)[0], 1)
-        )
+        direct = decode.run(p, ops, *decode.choose(p)[0])
         assert torch.equal(out, direct[0]) and torch.equal(lse, direct[1])
         check(p, ops, out, lse)
         assert not torch.equal(out, launch.forward(p, ops)[0])  # the other kernel rounds differently

@@ -42,7 +42,8 @@ def attn_decode(
     It writes out and lse; or, when SPLIT, the numerator of out to `out` and the base-2 maximum and the sum to `lse`,
     which holds the maxima of all spans and then the sums: `forward/split.py` merges them.
     PAGE is the page size, 0 without pages; ALIGNED: every tile of keys is whole pages, or lies inside one.
-    TWINS: k and v have the same strides, so one offset of a key serves both.
+    TWINS: k and v have the same strides, so one offset of a key serves both (paged it does not pay: Triton then
+    moves 64-bit offsets between layouts instead of pages).
 
     Grid: kv heads x spans x row blocks x sequences in one dimension, kv heads fastest: programs that run together
     read neighbouring memory. Strides are (batch, seq, head), of lse (batch, head).
@@ -136,7 +137,12 @@ def attn_decode(
         ok = valid[None, :] & keep(i[:, None], cols[None, :], M, N, band, F)
         m, l, p, rescale = update(m, l, tl.where(ok, x, float("-inf")), outer, True)
         v_tile = load_rows(v, v_off, valid, dims_v, DV, BLOCK_DV <= DV, True)
-        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * rescale[:, None], input_precision=F.precision)
+        if v_tile.dtype == tl.float32:
+            # no matrix unit: a product added to acc is a chain of as many roundings as there are keys. An fma, since
+            # Triton would turn a sum back into that.
+            acc = tl.fma(acc, rescale[:, None], tl.dot(p, v_tile, input_precision=F.precision))
+        else:
+            acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * rescale[:, None], input_precision=F.precision)
 
     lse += b.to(tl.int64) * lse_strides[0] + start_q + span.to(tl.int64) * span_strides[1]
     lse_off = heads * lse_strides[1] + i
@@ -241,7 +247,8 @@ def choose(problem: Problem) -> list[tuple[FwdConfig, int]]:
     """(tiles, spans) to try, best first."""
     found = device.info()
     shared, multiprocessors = (found.shared_memory, found.multiprocessors) if found else (2**16, 1)
-    return [(c, splits.num_splits(problem, c, multiprocessors)) for c in splits.configs(problem, shared)]
+    tiles = splits.configs(problem, shared, multiprocessors)
+    return [(c, splits.num_splits(problem, c, multiprocessors)) for c in tiles]
 
 
 def prepare(problem: Problem, ops: Operands) -> Prepared:
@@ -332,7 +339,7 @@ def fix(problem: Problem, ops: Operands, out: Tensor, lse: Tensor, config: FwdCo
         slope_stride=0 if slopes is None or slopes.dim() == 1 else slopes.stride(0),
         constants=dict(
             F=launch.features(problem, config), SPLIT=spans > 1, GROUP=problem.group,
-            PAGE=page, ALIGNED=aligned, TWINS=launch.strides(ops.k) == launch.strides(ops.v),
+            PAGE=page, ALIGNED=aligned, TWINS=not page and launch.strides(ops.k) == launch.strides(ops.v),
             D=problem.head_dim, DV=problem.head_dim_v, BLOCK_D=block_d, BLOCK_DV=block_dv,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, STAGES=config.num_stages,
         ),

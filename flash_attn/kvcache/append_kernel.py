@@ -88,31 +88,28 @@ def kv_append(
             at = position * 0 + (tl.load(batch_idx + b) if batch_idx is not None else b)
             row = position
         into = in_rows & (at >= 0) & (at < cache_rows)
+        # names differ between the branches: Triton wants one type for each, and D and DV may pad to different sizes
         if is_v:
             dims_v = tl.arange(0, BLOCK_DV)
-            off = row_offsets(i, 0, b, v_strides) + head * v_strides[2]
-            in_tile = into[:, None] & (dims_v < DV)[None, :]
-            tile_v = tl.load(v + off[:, None] + dims_v[None, :], mask=in_tile, other=0.0)
-            to = (
-                at.to(tl.int64) * v_cache_strides[0]
-                + row.to(tl.int64) * v_cache_strides[1]
-                + head * v_cache_strides[2]
-            )
-            tl.store(v_cache + to[:, None] + dims_v[None, :], tile_v, mask=in_tile)
+            v_off = row_offsets(i, 0, b, v_strides) + head * v_strides[2]
+            in_v = into[:, None] & (dims_v < DV)[None, :]
+            v_tile = tl.load(v + v_off[:, None] + dims_v[None, :], mask=in_v, other=0.0)
+            v_to = at.to(tl.int64) * v_cache_strides[0] + row.to(tl.int64) * v_cache_strides[1]
+            v_to += head * v_cache_strides[2]
+            tl.store(v_cache + v_to[:, None] + dims_v[None, :], v_tile, mask=in_v)
         else:
             dims = tl.arange(0, BLOCK_D)
-            off = row_offsets(i, 0, b, k_strides) + head * k_strides[2]
-            in_tile = into[:, None] & (dims < D)[None, :]
+            k_off = row_offsets(i, 0, b, k_strides) + head * k_strides[2]
+            in_k = into[:, None] & (dims < D)[None, :]
             if HALF:
-                tile = _rotated(k, off, into, position, cos, sin, positions, D, HALF, INTERLEAVED, BLOCK_D)
+                k_tile = _rotated(
+                    k, k_off, into, position, cos, sin, positions, D, HALF, INTERLEAVED, BLOCK_D
+                )
             else:
-                tile = tl.load(k + off[:, None] + dims[None, :], mask=in_tile, other=0.0)
-            to = (
-                at.to(tl.int64) * k_cache_strides[0]
-                + row.to(tl.int64) * k_cache_strides[1]
-                + head * k_cache_strides[2]
-            )
-            tl.store(k_cache + to[:, None] + dims[None, :], tile.to(k_cache.dtype.element_ty), mask=in_tile)
+                k_tile = tl.load(k + k_off[:, None] + dims[None, :], mask=in_k, other=0.0)
+            k_to = at.to(tl.int64) * k_cache_strides[0] + row.to(tl.int64) * k_cache_strides[1]
+            k_to += head * k_cache_strides[2]
+            tl.store(k_cache + k_to[:, None] + dims[None, :], k_tile.to(k_cache.dtype.element_ty), mask=in_k)
 
 
 class Fixed(NamedTuple):

@@ -10,9 +10,12 @@ from flash_attn.tuning.config import FwdConfig
 from flash_attn.utils.device import DeviceInfo
 
 MAX_SPLITS = 128
-TILE_BYTES = 128 * 1024  # shared memory for tiles of keys and values
+TILE_BYTES = 64 * 1024  # shared memory for one tile of keys and values
 BYTES_PER_US = 33_000  # that a multiprocessor reads when all do
-START_US, MERGE_US = 2.0, 4.0  # of a program before its first tile; of merging
+START_US, MERGE_US = (
+    6.0,
+    4.0,
+)  # lost by a wave of programs, on starting and on waiting for the last; by merging
 MAX_ROWS = 64  # of a tile: the rows of one kv head up to which a decode program holds all of them
 
 
@@ -36,25 +39,38 @@ def rows(problem: Problem) -> int:
 
 
 @lru_cache(maxsize=1024)
-def configs(problem: Problem, shared_memory: int) -> tuple[FwdConfig, ...]:
+def configs(problem: Problem, shared_memory: int, multiprocessors: int) -> tuple[FwdConfig, ...]:
     """Tiles that should fit, best first; block_m counts rows of a kv head: queries times the heads of a group.
 
-    Large tiles with two in flight, one program per multiprocessor: on an H200 within 1 % of the best of 11 choices in
-    all five rows of bench/results/decode_h200.json. More, smaller programs lose up to 10 % to a last wave that is
-    mostly empty.
+    Chosen among 16 by the five rows of bench/decode.py on an H200 (docs/perf/kvcache.md): with more programs than
+    multiprocessors several share one and hide each other's latency; a single one must have many loads in flight.
+    With num_splits 1 the choice leaves the batch out, so that a sequence gives the same bits in any batch.
     """
     block_m = min(MAX_ROWS, max(16, _power(rows(problem))))
     d, dv = (max(16, _power(x)) for x in (problem.head_dim, problem.head_dim_v))
-    key_bytes = (d + dv) * problem.dtype.itemsize
-    warps = 8 if block_m * dv > 64 * 128 else 4
+    itemsize = problem.dtype.itemsize
+    large = max(16, min(128, TILE_BYTES // ((d + dv) * itemsize)))
+    small = max(16, large // 2)
+    share = programs(problem, block_m) / multiprocessors
+    if problem.num_splits == 1:
+        first = (large, 3)
+    elif share > 1:
+        first = (large, 2)
+    elif problem.paged:
+        first = (large, 4 if share * problem.max_k >= 2048 else 3)
+    else:
+        first = (small, 4)
     found = []
-    for block_n in (128, 64, 32, 16):
-        for stages in (5, 4, 3):
-            tiles = (stages - 1) * block_n * key_bytes  # in flight or in use
-            rest = block_m * (d + block_n) * problem.dtype.itemsize
-            if tiles <= TILE_BYTES and tiles + rest <= shared_memory:
-                found.append(FwdConfig(block_m, block_n, warps, stages))
-    return tuple(found) or tuple(FwdConfig(block_m, 16, warps, stages) for stages in (2, 1))
+    for block_n, stages in (first, (large, 3), (small, 3), (small, 2), (16, 2), (16, 1)):
+        used = max(stages - 1, 1) * block_n * (d + dv) + block_m * (d + block_n)
+        if used * itemsize <= shared_memory or stages == 1:
+            found.append(FwdConfig(block_m, block_n, 8 if block_m * dv > 64 * 128 else 4, stages))
+    return tuple(found)
+
+
+def programs(problem: Problem, block_m: int) -> int:
+    """Programs without splits."""
+    return problem.batch * problem.kv_heads * -(-rows(problem) // block_m)
 
 
 @lru_cache(maxsize=1024)
@@ -65,12 +81,12 @@ def num_splits(problem: Problem, config: FwdConfig, multiprocessors: int) -> int
     """
     if problem.num_splits:
         return min(problem.num_splits, MAX_SPLITS)
-    programs = problem.batch * problem.kv_heads * -(-rows(problem) // config.block_m)
+    units = programs(problem, config.block_m)
     keys = visible_keys(problem)
     read_us = keys * (problem.head_dim + problem.head_dim_v) * problem.dtype.itemsize / BYTES_PER_US
 
     def time_us(spans: int) -> float:
-        waves = -(-programs * spans // multiprocessors)
+        waves = -(-units * spans // multiprocessors)
         return waves * (read_us / spans + START_US) + (MERGE_US if spans > 1 else 0.0)
 
     return min(range(1, max(1, min(MAX_SPLITS, keys // config.block_n)) + 1), key=time_us)

@@ -39,11 +39,11 @@ def check_rotary(
     max_seqlen: int | None,
 ) -> tuple[int, int, int, int]:
     """(batch, longest sequence, heads, rotary_dim), or an error that names the argument."""
-    packed = cu_seqlens is not None
-    if x.dim() != (3 if packed else 4):
-        layout = "(total, heads, dim) with cu_seqlens" if packed else "(batch, seqlen, heads, dim)"
+    dims = 4 if cu_seqlens is None else 3
+    if x.dim() != dims:
+        layout = "(batch, seqlen, heads, dim)" if dims == 4 else "(total, heads, dim) with cu_seqlens"
         raise ArgumentValueError(f"x must have shape {layout}, got {tuple(x.shape)}")
-    if packed:
+    if cu_seqlens is not None:
         if max_seqlen is None:
             raise ArgumentValueError("max_seqlen must be given together with cu_seqlens, got None")
         batch, seqlen = len(cu_seqlens) - 1, int(max_seqlen)
@@ -299,6 +299,7 @@ class RotaryEmbedding(nn.Module):
     ):
         super().__init__()
         self.dim, self.base, self.interleaved, self.scale_base = dim, float(base), interleaved, scale_base
+        self.inv_freq: Tensor
         self.register_buffer("inv_freq", self._compute_inv_freq(device), persistent=False)
         even = torch.arange(0, dim, 2, device=device, dtype=torch.float32)
         self.register_buffer(
