@@ -30,6 +30,7 @@ EXACT = dict(rtol=1e-9, atol=1e-11)
 def small_tiles(monkeypatch):
     """Tiles of a few elements, so that small cases have many, ragged ones included."""
     monkeypatch.setattr(tile, "ROWS", 8)
+    monkeypatch.setattr(tile, "NARROWEST", 2)
     monkeypatch.setattr(tile, "KEYS", 4)
     monkeypatch.setattr(tile, "MAX_KEYS", 8)
     monkeypatch.setattr(tile, "ELEMENTS", 96)
@@ -64,7 +65,7 @@ LENGTHS = [(1, 1), (1, 700), (700, 1), (257, 513), (520, 260)]
 
 
 @pytest.mark.parametrize("max_q, max_k", LENGTHS)
-@pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (100, 0), (30, 40)])
+@pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (100, 0), (130, 40), (0, 0)])
 def test_lengths_around_the_real_tiles(max_q, max_k, window):
     case = Case("tiles", batch=1, max_q=max_q, max_k=max_k, heads=2, kv_heads=1, window=window, head_dim=8)
     problem, ops, *_ = build(case)

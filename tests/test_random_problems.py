@@ -70,7 +70,7 @@ def problems(draw) -> Case:
 @pytest.fixture(params=["real", "small"])
 def tiles(request, monkeypatch):
     if request.param == "small":
-        for name, size in dict(ROWS=6, KEYS=4, MAX_KEYS=8, ELEMENTS=48).items():
+        for name, size in dict(ROWS=6, KEYS=4, MAX_KEYS=8, ELEMENTS=48, NARROWEST=1).items():
             monkeypatch.setattr(tile, name, size)
 
 

@@ -17,6 +17,7 @@ from flash_attn.reference.dropout import keep_mask
 # Elements: rows of a tile (query heads included) and keys, and their product over all of a tile's heads.
 # Larger tiles amortise the interpreter, smaller ones waste less on the diagonal and stay in the cache.
 ROWS, KEYS, MAX_KEYS, ELEMENTS = 512, 512, 4096, 1 << 20
+NARROWEST = 128  # below this the interpreter takes longer than the arithmetic
 
 
 class Unit(NamedTuple):
@@ -38,11 +39,20 @@ class Unit(NamedTuple):
         return len(self.batch.ids), self.kv_heads.stop - self.kv_heads.start, self.p.group
 
     def row_tiles(self) -> list[tuple[int, int]]:
-        return _cut(self.batch.M, max(1, ROWS // self.p.group))
+        return _cut(self.batch.M, max(1, _side(self.p, ROWS) // self.p.group))
 
     def key_tiles(self) -> list[tuple[int, int]]:
-        rows = self.p.group * min(self.batch.M, max(1, ROWS // self.p.group))
-        return _cut(self.batch.N, min(max(KEYS, ROWS * KEYS // max(rows, 1)), MAX_KEYS))
+        side = _side(self.p, KEYS)
+        rows = self.p.group * min(self.batch.M, max(1, _side(self.p, ROWS) // self.p.group))
+        few_rows = ROWS * KEYS // max(rows, 1) if side == KEYS else side  # longer tiles then, as in decode
+        return _cut(self.batch.N, min(max(side, few_rows), MAX_KEYS))
+
+
+def _side(p: Problem, full: int) -> int:
+    """Length of a tile: not much more than a narrow window, of which a longer tile would hide most."""
+    if p.left is None or p.right is None:
+        return full
+    return min(full, max(NARROWEST, 1 << (p.left + p.right).bit_length() >> 1))
 
 
 def _cut(length: int, step: int) -> list[tuple[int, int]]:
@@ -53,7 +63,7 @@ def units(p: Problem, ops: Operands) -> Iterator[Unit]:
     """The whole problem in parts whose tiles have about ELEMENTS elements."""
     dtype = torch.promote_types(torch.float32, p.dtype)
     for batch in batches(p, ops):
-        tile = min(p.group * batch.M, ROWS) * min(batch.N, KEYS)
+        tile = min(p.group * batch.M, _side(p, ROWS)) * min(batch.N, _side(p, KEYS))
         fit = max(1, ELEMENTS // max(tile, 1))  # (sequence, key head) pairs
         for lo, hi in _cut(len(batch.ids), max(1, fit // p.kv_heads)):
             for h_lo, h_hi in _cut(p.kv_heads, min(fit, p.kv_heads)):
