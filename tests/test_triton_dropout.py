@@ -13,9 +13,12 @@ from flash_attn.tile import dropout  # noqa: E402
 
 keep_tile, keep_tile_t = dropout.keep_tile, dropout.keep_tile_t
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-pytestmark = pytest.mark.skipif(
-    not INTERPRETED and not torch.cuda.is_available(), reason="needs the interpreter or a GPU"
-)
+pytestmark = [
+    pytest.mark.interpret,
+    pytest.mark.skipif(
+        not INTERPRETED and not torch.cuda.is_available(), reason="needs the interpreter or a GPU"
+    ),
+]
 DEVICE = "cpu" if INTERPRETED else "cuda"
 WORD = 0xFFFFFFFF
 

@@ -171,8 +171,8 @@ def _inner(a, b, C2: tl.constexpr, T: tl.constexpr):
 def _p_and_ds(qk, dp, r, c, M, N, lse2, delta, kept, factors, slope, band, edge, F: tl.constexpr):
     """(dropped-out P, dS) of a tile, either way round: r, lse2 and delta broadcast along keys, c along rows.
 
-    The mask is applied where `edge`, a uniform condition: one loop with a branch instead of one loop for each kind
-    of tile, because each loop starts its own pipeline.
+    The mask is applied where `edge`, which is the same for all threads (known at compile time in a loop over one kind
+    of tile).
     Both lack the factor 1 / (1 - dropout_p) and dS the factor `scale`; whole gradients get them at the end.
     """
     x = capped(qk, factors[0], F)
@@ -237,9 +237,11 @@ def _store(
 @triton.jit
 def _over_rows(
     dk, dv, k_tile, v_tile, q, do, q_rows, do_rows, q_stride, do_stride, lse2_at, delta_at, c, col_lo, span, M, N, bh,
-    factors, slope, band, rng, threshold, F: tl.constexpr, T: tl.constexpr,
+    factors, slope, band, rng, threshold, F: tl.constexpr, KIND: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """Add the rows [span[0], span[3]) of one head to dk and dv; [span[1], span[2]) see all keys of the block.
+
+    KIND 0: both sorts of tiles, with a uniform branch; 1: all of them need the mask; 2: none does.
 
     Transposed, S^T, P^T and dS^T stay in registers, and the products that use them run while the next tile is
     prepared. With rows first P and dS go through shared memory, but lse and delta take one register per row of a
@@ -250,7 +252,9 @@ def _over_rows(
         q_tile = _load(q + m * q_stride, q_rows, r < M, T.D, T.d1, T.d2)
         do_tile = _load(do + m * do_stride, do_rows, r < M, T.DV, T.v1, T.v2)
         lse2, delta = tl.load(lse2_at + r), tl.load(delta_at + r)
-        edge, kept = (m < span[1]) | (m >= span[2]), None
+        edge, kept = KIND == 1, None
+        if KIND == 0:
+            edge = (m < span[1]) | (m >= span[2])
         if T.rows_first:
             qk, dp = (
                 _inner(q_tile, k_tile, T.d2, T),
@@ -343,11 +347,17 @@ def attn_bwd_dkdv(
             slope = 0.0
             if F.alibi:
                 slope = tl.load(alibi[0] + b * alibi[1] + head) * LOG2E
-            dk_acc, dv_acc = _over_rows(
-                dk_acc, dv_acc, k_tile, v_tile, q_at, do_at, q_rows, do_rows, q_strides[1], dout_strides[1],
-                lse2_at, delta_at, c, col_lo, (lo, a, z, hi), M, N, b * sizes[3] + head, factors, slope, band,
-                rng, threshold, F, T,
-            )  # fmt: skip
+            # A window is short: one loop, which fills its pipeline once. Otherwise a loop without a branch for the
+            # interior pays.
+            for part in tl.static_range(1 if F.left else 2):
+                span = (lo, a, z, hi)
+                if not F.left:
+                    span = (lo, a, a, a) if part == 0 else (a, a, hi, hi)
+                dk_acc, dv_acc = _over_rows(
+                    dk_acc, dv_acc, k_tile, v_tile, q_at, do_at, q_rows, do_rows, q_strides[1], dout_strides[1],
+                    lse2_at, delta_at, c, col_lo, span, M, N, b * sizes[3] + head, factors, slope, band,
+                    rng, threshold, F, 0 if F.left else part + 1, T,
+                )  # fmt: skip
 
         dk_rows, dv_rows = row_offsets(c, start_k, b, dk_strides), row_offsets(c, start_k, b, dv_strides)
         dk += kv_head * dk_strides[2]
@@ -359,7 +369,7 @@ def attn_bwd_dkdv(
 @triton.jit
 def _over_keys(
     dq, q_tile, do_tile, k, v, k_rows, v_rows, k_stride, v_stride, lse2, delta, r, span, M, N, bh,
-    factors, slope, band, rng, threshold, F: tl.constexpr, T: tl.constexpr,
+    factors, slope, band, rng, threshold, F: tl.constexpr, KIND: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """Add the keys [span[0], span[3]) to dq; all rows see those of [span[1], span[2])."""
     for n in range(span[0], span[3], T.block_n):
@@ -368,7 +378,9 @@ def _over_keys(
         v_tile = _load(v + n * v_stride, v_rows, c < N, T.DV, T.v1, T.v2)
         qk = _inner(q_tile, k_tile, T.d2, T)  # [block_m, block_n] fp32
         dp = _inner(do_tile, v_tile, T.v2, T)
-        edge, kept = (n < span[1]) | (n >= span[2]), None
+        edge, kept = KIND == 1, None
+        if KIND == 0:
+            edge = (n < span[1]) | (n >= span[2])
         if F.dropout:
             kept = keep_tile(rng, bh, r, n, threshold, T.block_n)
         p, ds = _p_and_ds(
@@ -468,9 +480,14 @@ def attn_bwd_dq(
         k_at = k + b * k_strides[0] + start_k * k_strides[1] + kv_head * k_strides[2]
         v_at = v + b * v_strides[0] + start_k * v_strides[1] + kv_head * v_strides[2]
         acc = _zeros(BLOCK_M, T.d1, T.d2, False)
-        acc = _over_keys(
-            acc, q_tile, do_tile, k_at, v_at, k_rows, v_rows, k_strides[1], v_strides[1], lse2, delta, r,
-            (lo, a, z, hi), M, N, b * sizes[3] + head, factors, slope, band, rng, threshold, F, T,
-        )  # fmt: skip
+        for part in tl.static_range(1 if F.left else 2):  # as in attn_bwd_dkdv
+            span = (lo, a, z, hi)
+            if not F.left:
+                span = (a, a, z, z) if part == 0 else (z, z, z, hi)
+            acc = _over_keys(
+                acc, q_tile, do_tile, k_at, v_at, k_rows, v_rows, k_strides[1], v_strides[1], lse2, delta, r,
+                span, M, N, b * sizes[3] + head, factors, slope, band, rng, threshold,
+                F, 0 if F.left else 2 - part, T,
+            )  # fmt: skip
         dq_rows = row_offsets(r, start_q, b, dq_strides)
         _store(dq + head * dq_strides[2], dq_rows, r < owned, acc, factors[2], T.D, T.d1, T.d2, False)

@@ -5,10 +5,13 @@ import torch
 
 pytest.importorskip("triton")
 from cases import Case, ids  # noqa: E402
-from test_triton_backward import check, make, run  # noqa: E402
+from test_triton_backward import check, compare, make, run  # noqa: E402
 
 from flash_attn.backward import launch  # noqa: E402
 from flash_attn.problem import Operands, Problem  # noqa: E402
+from flash_attn.tuning import backward as tuning  # noqa: E402
+from flash_attn.tuning import table  # noqa: E402
+from flash_attn.tuning.config import BwdConfig  # noqa: E402
 
 pytestmark = [
     pytest.mark.gpu,
@@ -47,6 +50,30 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=ids)
 def test_equals_the_oracle(case):
     check(case, config=None)
+
+
+def measured_tiles():
+    """Each (head dims, dK/dV tile, dQ tile) that the table can choose on this kind of GPU."""
+    seen = set()
+    for row in table.rows():
+        if row["direction"] == "dkdv":
+            key = row["problem"]
+            for other in table.rows():
+                if other["direction"] == "dq" and other["problem"] == key:
+                    tiles = BwdConfig(**row["config"]), BwdConfig(**other["config"])
+                    seen.add((key["head_dim"], key["head_dim_v"], *tiles))
+    return sorted(seen)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("D, Dv, dkdv, dq", measured_tiles(), ids=str)
+def test_measured_tiles(D, Dv, dkdv, dq, causal):
+    """Every row of the table gives the right gradients, with dropout in both orientations too."""
+    for extra in ({}, dict(dropout_p=0.2), dict(window=(200, 60))):
+        case = Case("row", **LONG | dict(head_dim=D), head_dim_v=Dv, causal=causal, **extra)
+        problem, ops, out, lse, dout = make(case)
+        with tuning.override(dkdv, dq):
+            compare(problem, ops, run(problem, ops, out, lse, dout, config=None), dout)
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
