@@ -92,7 +92,7 @@ def test_tiles_come_from_the_tuning_table():
 
     with table.override(FwdConfig(32, 16, 4, 1)):
         tiles_of.__globals__["_tiles"].cache_clear()
-        assert tiles_of(LAYER, "triton", "forward", get_hardware("a100")).main == Tile(32, 16, 2)
+        assert tiles_of(LAYER, "triton", "forward", get_hardware("a100")).main == Tile(32, 16, 4)
     tiles_of.__globals__["_tiles"].cache_clear()
     assert tiles_of(LAYER, "triton", "backward", get_hardware("a100")).rows is not None
     slow = estimate(LAYER, hardware="a100", tile=Tile(16, 16)).time_s
@@ -113,7 +113,7 @@ def test_hopper_tiles_are_those_of_the_launches():
                 for left, right in ((None, None), (None, 0), (1024, 0)):
                     p = LAYER._replace(max_q=S, max_k=S, head_dim=D, head_dim_v=D, left=left, right=right)
                     tile = forward._tile(p)
-                    want = Tile(64 * tile["WARPGROUPS"], tile["BN"] + tile.get("BN2", 0))
+                    want = Tile(64 * tile["WARPGROUPS"], tile["BN"])
                     assert tiles_of(p, "hopper", "forward", h200).main == want, p
                     schedule = backward.schedule(p)
                     want = Tile(schedule.BLOCK_M, schedule.BLOCK_N)

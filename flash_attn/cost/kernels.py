@@ -20,13 +20,15 @@ from typing import NamedTuple
 
 from flash_attn.cost.counts import count, sequences, tile_steps, visible_keys
 from flash_attn.cost.hardware import SUSTAINED_BANDWIDTH, SUSTAINED_L2, Hardware, get_hardware
-from flash_attn.cost.tiles import Tile, Tiles, dims, info, tiles_of
+from flash_attn.cost.tiles import Tile, Tiles, dims, info, resident, tiles_of
 from flash_attn.errors import ArgumentValueError
 from flash_attn.kvcache import splits
 from flash_attn.problem import Problem
+from flash_attn.tuning.config import FwdConfig
 
 BACKENDS = ("hopper", "triton", "cpu")
 KINDS = ("forward", "backward", "decode")
+DECODE_KEYS = 64  # of a key tile
 SIMULATED = 30_000  # work items above which the schedule is estimated instead of played through
 
 
@@ -194,7 +196,8 @@ def _pass_time(one: Pass, hw: Hardware, c: Constants, rate: float) -> dict[str, 
     """Seconds by cause; L2 and memory appear only as far as they exceed the rest."""
     matrix = one.step_flops / (c.matrix * rate / hw.processors)
     softmax = one.step_exps * c.exp / (hw.exps / hw.processors)
-    l2 = one.step_bytes / (hw.l2_bandwidth * SUSTAINED_L2 / hw.processors)
+    # Programs that share a processor work on the same head, and find each other's keys in its L1.
+    l2 = one.step_bytes / one.resident / (hw.l2_bandwidth * SUSTAINED_L2 / hw.processors)
     step = max(matrix + softmax + c.step, l2)
     workers = hw.processors * one.resident
     items = [((steps * step + masked * c.mask) * one.resident + c.tile, n) for steps, masked, n in one.items]
@@ -247,7 +250,8 @@ def _forward(problem: Problem, shapes, work, tiles: Tiles, backend: str) -> tupl
     block = tile.block_m * tile.block_n
     token = (problem.head_dim + problem.head_dim_v) * problem.dtype.itemsize  # K and V of one head
     flops = 2 * block * sum(dims(problem, backend))
-    return (Pass("forward", items, tile.resident, flops, block, tile.block_n * token, work.flash_bytes),)
+    share = 1 if backend == "hopper" else resident(tile, dims(problem, backend), problem.dtype.itemsize)
+    return (Pass("forward", items, share, flops, block, tile.block_n * token, work.flash_bytes),)
 
 
 def _backward(problem: Problem, shapes, work, tiles: Tiles, backend: str) -> tuple[Pass, ...]:
@@ -272,19 +276,21 @@ def _backward(problem: Problem, shapes, work, tiles: Tiles, backend: str) -> tup
         return before, main, Pass("dq", memory_bytes=wide + t["dq"])
     other = tiles.rows or tile
     rows = _items(shapes, other, problem.left, problem.right, problem.heads, 1)
-    dkdv = Pass("dk dv", keys, tile.resident, 4 * block * (d + dv), block, query, reads + t["dk"] + t["dv"])
+    share = [resident(x, (d, dv), problem.dtype.itemsize, backward=True) for x in (tile, other)]
+    dkdv = Pass("dk dv", keys, share[0], 4 * block * (d + dv), block, query, reads + t["dk"] + t["dv"])
     block = other.block_m * other.block_n
     flops = 2 * block * (2 * d + dv)
     return (
         before,
         dkdv,
-        Pass("dq", rows, other.resident, flops, block, other.block_n * token, reads + t["dq"]),
+        Pass("dq", rows, share[1], flops, block, other.block_n * token, reads + t["dq"]),
     )
 
 
 def _decode(problem: Problem, shapes, work, hw: Hardware, c: DecodeConstants) -> Estimate:
     """Reading K and V once: bound by the bandwidth, or by how fast so many programs can ask for it."""
-    config = splits.configs(problem, info(hw).shared_memory)[0]
+    rows = min(splits.MAX_ROWS, max(16, 1 << (splits.rows(problem) - 1).bit_length()))
+    config = FwdConfig(rows, DECODE_KEYS, 4, 3)
     spans = splits.num_splits(problem, config, hw.processors)
     programs = problem.kv_heads * spans * -(-splits.rows(problem) // config.block_m)
     tiles: dict[float, int] = {}

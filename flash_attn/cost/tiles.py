@@ -3,6 +3,8 @@
 from functools import lru_cache
 from typing import NamedTuple
 
+import torch
+
 from flash_attn.cost.hardware import Hardware
 from flash_attn.problem import Problem
 from flash_attn.tuning import table
@@ -16,11 +18,11 @@ _OTHER = {"l40s": ((8, 9), 99 * 1024), "mi300x": ((9, 4), 64 * 1024)}
 
 
 class Tile(NamedTuple):
-    """A block of scores: queries by keys. `resident` programs share a processor."""
+    """A block of scores: queries by keys, in a program of `warps`."""
 
     block_m: int
     block_n: int
-    resident: int = 1
+    warps: int = 8
 
 
 class Tiles(NamedTuple):
@@ -59,19 +61,35 @@ def _tiles(problem: Problem, backend: str, kind: str, found: DeviceInfo) -> Tile
 
 
 def _triton(config) -> Tile:
-    """Registers allow one program of eight warps a processor, or two of four."""
-    return Tile(config.block_m, config.block_n, max(1, 8 // config.num_warps))
+    return Tile(config.block_m, config.block_n, config.num_warps)
+
+
+def resident(tile: Tile, padded_dims: tuple[int, int], itemsize: int, backward: bool = False) -> int:
+    """Programs that fit a processor: 64 Ki registers, 227 KiB of shared memory (an estimate without compiling)."""
+    d, dv = padded_dims
+    # fp32 accumulators a thread: O and S; in the backward a gradient of each operand, S and dP. 56 for the rest.
+    own = max(tile.block_m, tile.block_n) * (d + dv) if backward else tile.block_m * dv
+    scores = tile.block_m * tile.block_n * (2 if backward else 1)
+    registers = min(255, 56 + (own + scores) // (32 * tile.warps))
+    shared = (tile.block_m * d + 3 * tile.block_n * (d + dv)) * itemsize
+    return max(1, min(2**16 // (registers * 32 * tile.warps), 227 * 1024 // shared))
 
 
 def _hopper_forward(problem: Problem, found: DeviceInfo) -> Tile:
-    row = table.nearest(problem, found, "hopper forward")
-    if row is not None:
-        config = dict(row["config"])
-        return Tile(64 * config["WARPGROUPS"], config["BN"] + config.get("BN2", 0))
-    dim = max(dims(problem, "hopper"))  # else the rule of `forward.hopper_launch`
-    if dim <= 64 and (problem.right is None or problem.max_q > 2048):
+    """`forward.hopper_launch._tile`, which cannot be imported without Triton; a test holds the two together."""
+    p = problem
+    plain = not (
+        p.softcap or p.sink or p.varlen_q or p.varlen_k or p.seqused_q or p.seqused_k or p.left is not None
+    )
+    plain = plain and p.dtype == torch.bfloat16 and p.right in (None, 0)
+    if plain and p.head_dim == p.head_dim_v and p.head_dim in (64, 128, 256):
+        row = table.nearest(p, found, "hopper forward")
+        if row is not None:
+            return Tile(64 * row["config"]["WARPGROUPS"], row["config"]["BN"])
+    dim = max(dims(p, "hopper"))
+    if dim <= 64 and (p.right is None or p.max_q > 2048):
         return Tile(192, 128)
-    return Tile(128, 128 if dim <= 128 or problem.head_dim_v <= 128 else 64)
+    return Tile(128, 128 if dim <= 128 or p.head_dim_v <= 128 else 64)
 
 
 def _hopper_backward(problem: Problem) -> Tile:
