@@ -77,8 +77,8 @@ def main() -> None:
                         assert rows[:, lo:hi].all()
     print("the ranges agree with the mask for every shape tried")
 
-    for name, band in (("full", (None, None)), ("causal", (None, 0)), ("window 256", (255, 0))):
-        kinds = tile_kinds(2048, 2048, *band, block=64)
+    for name, (left, right) in {"full": (None, None), "causal": (None, 0), "window 256": (255, 0)}.items():
+        kinds = tile_kinds(2048, 2048, left, right, 64)
         print(f"{name:>10}, 2048 tokens, 64 x 64 tiles: {kinds}")
     causal, window = (tile_kinds(2048, 2048, left, 0, 64) for left in (None, 255))
     assert causal["hidden"] == 32 * 31 // 2 and causal["edge"] == 32

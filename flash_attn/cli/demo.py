@@ -28,7 +28,8 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """torch's attention on our layout: it wants (B, H, S, D)."""
-    return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Command-line options that describe a problem, shared by every command that takes one."""
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -46,7 +46,7 @@ def parse_window(text: str) -> tuple[int, int]:
 
 def describe(
     *, batch: int, heads: int, kv_heads: int | None, seqlen: int, seqlen_k: int | None, head_dim: int, dtype: str,
-    causal: bool, window: str, softcap: float, dropout: float, device: str, **extra: int | bool,
+    causal: bool, window: str, softcap: float, dropout: float, device: str, **extra: Any,
 ) -> Problem:  # fmt: skip
     """The dense Problem that the options describe; `extra` are further Problem fields."""
     kv_heads, seqlen_k = kv_heads or heads, seqlen_k or seqlen

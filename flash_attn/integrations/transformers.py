@@ -7,6 +7,8 @@ On a GPU plain `attn_implementation="flash_attention_2"` finds this package by i
 adds attention sinks. The name must not contain "flash": Transformers would look such a name up on a model hub.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -61,7 +63,7 @@ def attention_forward(
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else bool(is_causal)
     window = (-1, -1) if sliding_window is None else (sliding_window - 1, sliding_window - 1)
-    options = {
+    options: dict[str, Any] = {
         "dropout_p": dropout, "softmax_scale": scaling, "causal": causal, "window_size": window,
         "softcap": softcap or 0.0,
     }  # fmt: skip
@@ -71,9 +73,16 @@ def attention_forward(
         cu_seq_lens_q = cu_seq_lens_k = _starts(position_ids)
         max_length_q = max_length_k = int((cu_seq_lens_q[1:] - cu_seq_lens_q[:-1]).max())
     if cu_seq_lens_q is not None:
-        packed = (t.flatten(0, 1) for t in (q, k, v))
         problem, ops = describe_varlen(
-            *packed, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, **options, sink=sink
+            q.flatten(0, 1),
+            k.flatten(0, 1),
+            v.flatten(0, 1),
+            cu_seq_lens_q,
+            cu_seq_lens_k,
+            max_length_q,
+            max_length_k,
+            **options,
+            sink=sink,
         )
         return attention(problem, ops)[0].view(*q.shape[:-1], v.shape[-1]), None
     if attention_mask is not None:
@@ -96,12 +105,15 @@ def _starts(position_ids: Tensor) -> Tensor:
     return torch.cat([starts, total]).int()
 
 
-def _padded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, options: dict, sink: Tensor | None) -> Tensor:
+def _padded(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, options: dict[str, Any], sink: Tensor | None
+) -> Tensor:
     """Attention of a padded batch: take the padding out, attend, put it back (as zeros)."""
     B, M = q.shape[:2]
     k, v = k[:, : mask.shape[1]], v[:, : mask.shape[1]]  # a static cache is longer than the tokens so far
     q_mask = mask[:, -M:]
-    parts, cu_seqlens, longest = [], [], []
+    parts: list[Any] = []
+    cu_seqlens, longest = [], []
     for m, tensors in ((q_mask, (q,)), (mask, (k, v))):
         indices = torch.nonzero(m.flatten()).flatten()
         lengths = m.sum(1)
@@ -110,5 +122,6 @@ def _padded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, options: dict, sink: 
         parts += [index_first_axis(t.flatten(0, 1), indices) for t in tensors]
         if m is q_mask:
             rows = indices
-    problem, ops = describe_varlen(*parts, *cu_seqlens, *longest, **options, sink=sink)
+    lengths_of_both: tuple[Any, ...] = (*cu_seqlens, *longest)
+    problem, ops = describe_varlen(*parts, *lengths_of_both, **options, sink=sink)
     return pad_input(attention(problem, ops)[0], rows, B, M)
