@@ -1,4 +1,4 @@
-"""The portable forward against torch's FlashAttention-2, cuDNN and FlexAttention in one process, and what features cost.
+"""The portable forward against FlashAttention-2, cuDNN and FlexAttention of torch, and what features cost.
 
     python bench/portable_forward.py
 
@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from flash_attn.forward import launch
-from flash_attn.problem import Operands, Problem
+from flash_attn.problem import Problem
 from flash_attn.tuning import table
 from flash_attn.utils.example import operands
 
