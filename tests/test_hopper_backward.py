@@ -19,6 +19,8 @@ from flash_attn.utils import device, launcher  # noqa: E402
 from flash_attn.utils.testing import nan_empty  # noqa: E402
 
 HALF = dict(dtype=torch.bfloat16, heads=4, kv_heads=2, max_q=300, max_k=500, head_dim=64)
+# the only ordered sums that ran right on a GPU
+ORDERED = dict(deterministic=True, max_q=256, max_k=256, kv_heads=4)
 compiles = [
     pytest.mark.compile,
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter is on"),
@@ -39,7 +41,7 @@ def test_runs_what_it_was_built_for():
     for changes in (
         {}, dict(causal=True), dict(window=(9, 5)), dict(softcap=5.0, sink=True), dict(dtype=torch.float16),
         dict(packed_q=(3, 4), packed_k=(7, 2)), dict(seqused_k=(4, 5)), dict(head_dim=192, head_dim_v=128),
-        dict(deterministic=True), dict(kv_heads=1),
+        ORDERED, dict(kv_heads=1),
     ):  # fmt: skip
         assert backend.supports(problem(**changes), "backward") is None
 
@@ -58,6 +60,11 @@ def test_runs_what_it_was_built_for():
         (dict(batch_idx=(1, 0)), "cache_batch_idx"),
         (dict(scale=-1.0), "positive"),
         (dict(max_q=0), "no queries"),
+        (dict(head_dim=256, sink=True), "sink"),
+        (dict(deterministic=True), "ordered"),
+        (ORDERED | dict(kv_heads=2), "ordered"),
+        (ORDERED | dict(window=(9, 0)), "ordered"),
+        (ORDERED | dict(max_k=384), "ordered"),
     ],
 )
 def test_says_why_it_refuses(changes, reason):
@@ -161,7 +168,7 @@ def test_the_kernels_around_the_main_one(head_dim, head_dim_v, packed):
     out, lse = oracle.forward(built.problem, ops)
     dout, dlse = torch.randn(out.shape).bfloat16(), torch.randn(lse.shape)
     want = oracle.backward(built.problem, ops, out.bfloat16(), lse.float(), dout, dlse)
-    T = hopper_launch.schedule(p)._replace(FINISH=False)
+    T = hopper_launch.schedule(p)
     columns = T.D if T.BLOCK_M == 128 else T.D // 2
     starts = [b * p.max_q for b in range(p.batch + 1)] if packed is None else ops.cu_seqlens_q.tolist()
     flat = lambda x: x.flatten(0, 1) if packed is None else x  # noqa: E731  rows of all sequences in one dimension
@@ -175,7 +182,6 @@ def test_the_kernels_around_the_main_one(head_dim, head_dim_v, packed):
         tiles = given["sizes"][7]
         stats = given["stats_desc"].base.view(p.heads, tiles, 2, T.BLOCK_M)
         sums = given["dq_acc"].view(p.heads, tiles, 2, 64 * columns)
-        assert stats.data_ptr() != sums.data_ptr() and (given["arrivals"] == 0).all()
         for b, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
             first = b * -(-p.max_q // T.BLOCK_M) if packed is None else start // T.BLOCK_M + b
             for m in range(-(-(end - start) // T.BLOCK_M)):
@@ -198,8 +204,6 @@ def test_the_kernels_around_the_main_one(head_dim, head_dim_v, packed):
 
     with pytest.MonkeyPatch.context() as patch, nan_empty():
         patch.setattr(hopper_launch, "_launch", run)
-        plan = hopper_launch.plan(p, T)
-        patch.setattr(hopper_launch, "plan", lambda _: plan)
         got = hopper_launch.backward(p, ops, out.bfloat16(), lse.float(), dout, dlse)
     torch.testing.assert_close(got.dq.double(), want.dq, rtol=2**-7, atol=1e-6)
     torch.testing.assert_close(got.dsink.double(), want.dsink.double(), rtol=1e-3, atol=1e-3)
@@ -225,11 +229,12 @@ def compiled(case: Case):
     return launcher.build(kernel, args, constants, target=GPUTarget("cuda", 90, 32))
 
 
-# what ptxas 12.8 spills, in bytes, outside of the loops over queries
+# what ptxas 12.8 spills, stores and loads, in bytes: at head dim 64 (the tile that ran fastest) all but two loads lie
+# outside of the loops over queries
 CONFIGURATIONS = [
-    (Case("64", **HALF), 120),
-    (Case("64_causal", causal=True, **HALF), 120),
-    (Case("128", **HALF | dict(head_dim=128)), 130),
+    (Case("64", **HALF), 128),
+    (Case("64_causal", causal=True, **HALF), 160),
+    (Case("128", **HALF | dict(head_dim=128)), 0),
     (Case("128_causal", causal=True, **HALF | dict(head_dim=128)), 8),
     (Case("256_causal", causal=True, **HALF | dict(head_dim=256)), 0),
     (Case("192_128_causal", causal=True, head_dim_v=128, **HALF | dict(head_dim=192)), 0),

@@ -20,12 +20,11 @@ def attn_bwd_hopper(
     dq_desc,  # fp32 sums of dQ, 256 columns; None for the wide schedule
     dk_desc, dv_desc,  # like those of k and v
     units,  # of q, dout, k, v, dk, dv: (batch stride, row stride) in 16 bytes; None unless ragged
-    dq, dq_acc, arrivals, turns,  # turns: None unless ordered
-    dq_strides,  # (batch, seq, head)
+    dq_acc,  # the same sums, for reductions from registers
+    turns,  # programs that have added to each piece of dQ; None unless ordered
     seqs,  # (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k), each may be None
     sizes,  # (max_q, max_k, heads, kv_heads, batch * kv_heads, width of a group, key tiles, padded query tiles)
     band,  # keys (left, right) of the diagonal
-    dim,  # head_dim as it is, not padded
     scores,  # `tile/score.py: factors`
     scale,
     F: gl.constexpr, T: gl.constexpr,
@@ -64,19 +63,18 @@ def attn_bwd_hopper(
     bars = (q_full, do_full, kv_full, dq_empty)
     loads = (q_desc, do_desc, k_desc, v_desc, stats_desc)
     loaded = (q_s, do_s, k_s, v_s, lse_s, delta_s)
-    sums = (dq, dq_strides, dq_acc, arrivals, turns)
     # 240 registers for a consumer's thread, 24 for the producer's
-    problem = (seqs, sizes, band, dim, scores, scale)
+    problem = (seqs, sizes, band, scores, scale)
     load = (loads, units, turns, loaded, bars, problem)
     if T.D == 256:
         rings = (q_s, do_s, k_s, v_s, lse_s, delta_s, other_s, ds_s)
-        work = ((dk_desc, dv_desc), units, sums, rings, bars, problem)
+        work = ((dk_desc, dv_desc), units, dq_acc, turns, rings, bars, problem)
         gl.warp_specialize([
             (hopper_wide.consume, (work, 0, F, T)), (hopper_wide.consume, (work, 1, F, T)), (produce, (load, F, T)),
         ], [4, 1], [240, 24])  # fmt: skip
     else:
         rings = (q_s, do_s, k_s, v_s, lse_s, delta_s, ds_s, other_s)
-        tile = ((dq_desc, dk_desc, dv_desc), units, sums, rings, bars, problem)
+        tile = ((dq_desc, dk_desc, dv_desc), units, rings, bars, problem)
         if T.ORDERED:
             gl.warp_specialize([
                 (hopper_narrow.consume, (tile, 0, F, T)), (hopper_narrow.consume, (tile, 1, F, T)),

@@ -35,14 +35,12 @@ class Schedule(NamedTuple):
     BLOCK_N: int  # keys of a program
     STAGES: int  # ring of Q and dO tiles
     DS_STAGES: int  # dS buffers
-    PREFETCH: bool  # load the initial S accumulator one step ahead
-    FINISH: bool  # the last program of a (batch, kv head) converts dQ; else a kernel after this one
-    DEFER: bool = False  # dQ of a step is computed in the next one
     ORDERED: bool = False  # programs add to dQ in a fixed order
 
 
 def supports(problem: Problem) -> str | None:
     """Why the Hopper backward cannot run `problem`; None when it can."""
+    D = _padded(max(problem.head_dim, problem.head_dim_v))
     checks = (
         (
             problem.dtype not in (torch.bfloat16, torch.float16),
@@ -61,8 +59,23 @@ def supports(problem: Problem) -> str | None:
         (problem.paged, "paged keys have no backward"),
         (problem.leftpad, "left-padded keys"),
         (problem.batch_idx, "cache_batch_idx"),
-    )
+        (problem.sink and D == 256, "the gradient of a sink at head dimensions above 128 missed its test on the GPU"),
+        (
+            problem.deterministic and not _ordered_seen(problem),
+            "an ordered sum of dQ was only seen right on the GPU for bfloat16, full and causal masks, equal lengths of "
+            "whole 128-row tiles, and as many kv heads as query heads",
+        ),
+    )  # fmt: skip
     return next((reason for refused, reason in checks if refused), None)
+
+
+def _ordered_seen(p: Problem) -> bool:
+    """Whether an ordered sum ran and agreed on a GPU (2026-11-21); the portable kernel has the rest."""
+    return (
+        not features(p).ragged and p.left is None and p.right in (None, 0) and p.softcap == 0 and p.group == 1
+        and p.max_q == p.max_k and p.max_q % 128 == 0 and p.dtype == torch.bfloat16
+        and p.head_dim == p.head_dim_v and p.head_dim in (64, 128, 256)
+    )  # fmt: skip
 
 
 def _padded(dim: int) -> int:
@@ -77,18 +90,12 @@ def features(problem: Problem) -> Features:
 
 @lru_cache(maxsize=1024)
 def schedule(problem: Problem) -> Schedule:
-    """How to cut `problem`, by head dimension, mask and length."""
+    """How to cut `problem`; other cuts were slower or did not fit, see docs/perf/hopper-bwd.md."""
     D = _padded(max(problem.head_dim, problem.head_dim_v))
     DV = _padded(problem.head_dim_v)
-    # programs that finish together at the end leave the others idle for longer, the more there is to convert
-    finish = problem.max_q <= 2048 and not problem.deterministic
-    if D == 256:
-        return Schedule(D, DV, 64, 64, 2, 1, False, finish, problem.deterministic)
-    if D == 128:
-        return Schedule(D, DV, 64, 128, 2, 2, False, finish, problem.deterministic)
-    bounded = problem.left is not None or problem.right is not None
-    prefetch = not bounded and problem.max_q > 2048 and problem.softcap == 0
-    return Schedule(D, DV, 128, 128, 2, 2, prefetch, finish, problem.deterministic)
+    # queries a step, keys of a program, ring of Q and dO, buffers of dS: what registers and shared memory hold
+    tile = {64: (128, 128, 2, 2), 128: (64, 128, 2, 2), 256: (64, 64, 2, 1)}[D]
+    return Schedule(D, DV, *tile, ORDERED=problem.deterministic)
 
 
 def group_width(problem: Problem) -> int:
@@ -220,20 +227,18 @@ def backward(
             x.zero_()
         return Gradients(dq, dk, dv, None if ops.sink is None else torch.zeros_like(ops.sink))
     p = plan(problem)
-    T, device = p.T, ops.q.device
+    T, where = p.T, ops.q.device
     tiles = query_tiles(problem, ops.q.shape[0], T.BLOCK_M)
     padded = problem.heads * tiles * T.BLOCK_M
     work = Workspace(
-        torch.empty(padded * 2, dtype=torch.float32, device=device),
-        torch.empty(padded * T.D, dtype=torch.float32, device=device),
-        torch.empty(problem.batch * problem.kv_heads * 2, dtype=torch.int32, device=device),
-        torch.empty(problem.heads * tiles * 2, dtype=torch.int32, device=device) if T.ORDERED else None,
+        torch.empty(padded * 2, dtype=torch.float32, device=where),
+        torch.empty(padded * T.D, dtype=torch.float32, device=where),
+        torch.empty(problem.heads * tiles * 2, dtype=torch.int32, device=where) if T.ORDERED else None,
         tiles,
     )
     dsink_parts = _before(problem, p, ops, out, lse, dout, dlse, work)
-    _main(problem, p, ops, for_tma(dout), work, dq, dk, dv)
-    if not T.FINISH:
-        _after(problem, p, ops, work, dq)
+    _main(problem, p, ops, for_tma(dout), work, dk, dv)
+    _after(problem, p, ops, work, dq)
     if problem.varlen_q or problem.varlen_k:
         _zero_rest(problem, ops, dq, dk, dv)
     dsink = None if dsink_parts is None else dsink_parts.sum(1).to(ops.sink.dtype)  # type: ignore[union-attr]
@@ -243,7 +248,6 @@ def backward(
 class Workspace(NamedTuple):
     stats: Tensor  # fp32 per padded query tile: BLOCK_M of -lse, BLOCK_M of -delta
     dq_acc: Tensor  # fp32 sums of dQ, padded query tiles in the order of an accumulator
-    arrivals: Tensor  # int32 (batch, kv_heads, 2): programs that are done, per warpgroup
     turns: Tensor | None  # int32 (heads, tiles, 2): programs that have added to a piece of dQ
     tiles: int  # padded query tiles a head
 
@@ -274,32 +278,25 @@ def _before(problem, p, ops, out, lse, dout, dlse, work) -> Tensor | None:
     # the main kernel adds outer * (q.k + initial value), or with a softcap or at 256 uses the base-2 lse itself
     lse_scale = LOG2E if T.D == 256 or problem.softcap > 0 else 1.0 / problem.scale
     args = (
-        out, dout, lse, dlse, ops.sink, work.stats, work.dq_acc, work.arrivals, work.turns, parts,
+        out, dout, lse, dlse, ops.sink, work.stats, work.dq_acc, work.turns, parts,
         _strides(out, packed), _strides(dout, packed),
         _row_strides(lse, packed), _row_strides(dlse, packed), (ops.cu_seqlens_q, ops.seqused_q),
-        (problem.max_q, problem.heads, problem.kv_heads, work.tiles), problem.head_dim_v, lse_scale,
+        (problem.max_q, work.tiles), lse_scale,
     )  # fmt: skip
-    constants = dict(BLOCK_M=T.BLOCK_M, ROWS=p.rows, D=T.D, DV=T.DV)
+    constants = dict(BLOCK_M=T.BLOCK_M, ROWS=p.rows, D=T.D, DV=T.DV, DIM_V=problem.head_dim_v)
     sink = None if ops.sink is None else ops.sink.dtype
     key = (
-        "before", p.T, problem.dtype, out.device.index, addressable(out), addressable(dout), dlse is None, sink,
-        problem.varlen_q, problem.seqused_q,
+        "before", p.T, problem.head_dim_v, problem.dtype, out.device.index, addressable(out), addressable(dout),
+        dlse is None, sink, problem.varlen_q, problem.seqused_q,
     )  # fmt: skip
     _launch(bwd_before, (p.blocks, problem.heads, problem.batch), args, constants, problem, key)
     return parts
 
 
 def main_arguments(
-    problem: Problem,
-    p: Plan,
-    ops: Operands,
-    dout: Tensor,
-    work: Workspace,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-):
-    """(grid, arguments, constants) of the main kernel; all tensors but dq must be `addressable`."""
+    problem: Problem, p: Plan, ops: Operands, dout: Tensor, work: Workspace, dk: Tensor, dv: Tensor
+):  # fmt: skip
+    """(grid, arguments, constants) of the main kernel; dout, dk and dv must be `addressable`."""
     from flash_attn.forward.hopper_launch import Box
     from flash_attn.tile.score import factors
 
@@ -317,23 +314,22 @@ def main_arguments(
         _tiles_of(q, F.ragged, of_q), _tiles_of(dout, F.ragged, of_dout), _tiles_of(k, F.ragged, of_k),
         _tiles_of(v, F.ragged, of_v), Box(work.stats, [work.stats.numel()], [1], *of_stats), sums,
         _tiles_of(dk, F.ragged, of_k), _tiles_of(dv, F.ragged, of_v), units,
-        dq, work.dq_acc, work.arrivals, work.turns, _strides(dq, packed_q),
+        work.dq_acc, work.turns,
         (ops.cu_seqlens_q, ops.cu_seqlens_k, ops.seqused_q, ops.seqused_k),
         (problem.max_q, problem.max_k, problem.heads, problem.kv_heads, pairs, p.width, p.key_tiles, work.tiles),
-        (problem.left or 0, problem.right or 0), problem.head_dim, factors(problem.scale, problem.softcap),
-        problem.scale,
+        (problem.left or 0, problem.right or 0), factors(problem.scale, problem.softcap), problem.scale,
     )  # fmt: skip
     return (p.key_tiles * pairs, 1, 1), args, dict(F=F, T=p.T)
 
 
-def _main(problem, p, ops, dout, work, dq, dk, dv) -> None:
+def _main(problem, p, ops, dout, work, dk, dv) -> None:
     from flash_attn.backward.hopper import attn_bwd_hopper
 
     # TMA writes dk and dv: into tensors it can address, copied where the caller's are not
     dk_to, dv_to = for_tma(dk), for_tma(dv)
-    grid, args, constants = main_arguments(problem, p, ops, dout, work, dq, dk_to, dv_to)
+    grid, args, constants = main_arguments(problem, p, ops, dout, work, dk_to, dv_to)
     key = (
-        "main", p.T, p.F, problem.dtype, dq.device.index, addressable(dq), problem.varlen_q, problem.varlen_k,
+        "main", p.T, p.F, problem.dtype, dk.device.index, problem.varlen_q, problem.varlen_k,
         problem.seqused_q, problem.seqused_k,
     )  # fmt: skip
     _launch(attn_bwd_hopper, grid, args, constants, problem, key)
@@ -349,10 +345,19 @@ def _after(problem, p, ops, work, dq) -> None:
     pieces = -(-problem.max_q // p.T.BLOCK_M) * 2
     args = (
         work.dq_acc, dq, _strides(dq, problem.varlen_q), ops.cu_seqlens_q, (problem.max_q, work.tiles),
-        problem.head_dim, problem.scale,
+        problem.scale,
     )  # fmt: skip
-    constants = dict(BLOCK_M=p.T.BLOCK_M, D=p.T.D)
-    key = ("after", p.T.BLOCK_M, p.T.D, problem.dtype, dq.device.index, addressable(dq), problem.varlen_q)
+    constants = dict(BLOCK_M=p.T.BLOCK_M, D=p.T.D, DIM=problem.head_dim)
+    key = (
+        "after",
+        p.T.BLOCK_M,
+        p.T.D,
+        problem.head_dim,
+        problem.dtype,
+        dq.device.index,
+        addressable(dq),
+        problem.varlen_q,
+    )
     _launch(bwd_after, (pieces, problem.heads, problem.batch), args, constants, problem, key)
 
 

@@ -21,9 +21,7 @@ from flash_attn.backward.hopper_tiles import (
     BAR_DQ,
     BAR_DS,
     BAR_Q,
-    BAR_READY,
     box,
-    finish_dq,
     needs_mask,
     place,
     query_range,
@@ -69,8 +67,8 @@ def _dq_operands(ds_s, k_s, slot, WG: gl.constexpr, COLS: gl.constexpr, T: gl.co
 @gluon.jit
 def consume(work, WG: gl.constexpr, F: gl.constexpr, T: gl.constexpr):
     """Warpgroup WG: keys WG * 64 to WG * 64 + 63 of the program's tile."""
-    descs, units, sums, smems, bars, problem = work
-    seqs, sizes, band, dim, scores, scale = problem
+    descs, units, smems, bars, problem = work
+    seqs, sizes, band, scores, scale = problem
     dq_desc, dk_desc, dv_desc = descs
     q_s, do_s, k_s, v_s, lse_s, delta_s, ds_s, dq_s = smems
     q_full, do_full, kv_full = bars[0], bars[1], bars[2]
@@ -84,7 +82,7 @@ def consume(work, WG: gl.constexpr, F: gl.constexpr, T: gl.constexpr):
     VL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
     QL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
     dtype: gl.constexpr = q_s.dtype
-    n, hk, pair, q_side, k_side = place(gl.program_id(0), seqs, sizes, F, T)
+    n, hk, q_side, k_side = place(gl.program_id(0), seqs, sizes, F, T)
     M, tile0 = q_side[3], q_side[4]
     N = k_side[3]
     m_lo, m_hi = query_range(n, M, N, band, F, T)
@@ -107,33 +105,21 @@ def consume(work, WG: gl.constexpr, F: gl.constexpr, T: gl.constexpr):
     dv = gl.zeros([64, DV], gl.float32, VL)
     m = m_lo
     qt = hk * group * sizes[7] + tile0 + m
-    before = qt
-    if T.DEFER:
-        # the first step adds the dQ of nothing
-        ds_s.index(2 * (T.DS_STAGES - 1) + WG).store(gl.zeros([64, BLOCK_M], dtype, SL))
-        fence_async_shared()
-        barrier_arrive(BAR_READY + WG + 2, 256)
     if total > 0:
         mbarrier.wait(kv_full.index(0), 0)
-        if T.PREFETCH:
-            mbarrier.wait(q_full.index(0), 0)
-    if T.PREFETCH:
-        s_init = per_column(lse_s.index(0), BLOCK_M, SL)
     for it in range(total):
         st = it % STAGES
         ph = (it // STAGES) & 1
         q = q_s.index(st).reshape([BLOCK_M, D])
         do = do_s.index(st).reshape([BLOCK_M, DV])
-        if not T.PREFETCH:
-            mbarrier.wait(q_full.index(st), ph)
+        mbarrier.wait(q_full.index(st), ph)
         # -lse / scale and -delta are the initial values of S and dP: no registers hold them across the exp
         dp_init = per_column(delta_s.index(st), BLOCK_M, SL)
         if F.softcap:
             zeros = gl.zeros([64, BLOCK_M], gl.float32, SL)
             s = warpgroup_mma(k_w, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
         else:
-            if not T.PREFETCH:
-                s_init = per_column(lse_s.index(st), BLOCK_M, SL)
+            s_init = per_column(lse_s.index(st), BLOCK_M, SL)
             s = warpgroup_mma(k_w, q.permute((1, 0)), s_init, is_async=True)
         mbarrier.wait(do_full.index(st), ph)
         dp = warpgroup_mma(v_w, do.permute((1, 0)), dp_init, is_async=True)
@@ -148,26 +134,14 @@ def consume(work, WG: gl.constexpr, F: gl.constexpr, T: gl.constexpr):
         ds16 = dcapped(p * dp, x, F).to(dtype)
         ds_r = gl.convert_layout(ds16, gl.DotOperandLayout(0, KL, 2), assert_trivial=True)
         slot = it % T.DS_STAGES
-        if T.DEFER:
-            if T.DS_STAGES == 3:
-                ds_s.index(slot * 2 + WG).store(ds16)
-                fence_async_shared()
-            barrier_sync(BAR_READY + (1 - WG) + 2 * ((it + 1) % 2), 256)
-            ds0, ds1, k0, k1 = _dq_operands(ds_s, k_s, (it + T.DS_STAGES - 1) % T.DS_STAGES, WG, COLS, T)
-        else:
-            ds_s.index(slot * 2 + WG).store(ds16)
-            fence_async_shared()
-            barrier_sync(BAR_DS, 256)
-            ds0, ds1, k0, k1 = _dq_operands(ds_s, k_s, slot, WG, COLS, T)
+        ds_s.index(slot * 2 + WG).store(ds16)
+        fence_async_shared()
+        barrier_sync(BAR_DS, 256)
+        ds0, ds1, k0, k1 = _dq_operands(ds_s, k_s, slot, WG, COLS, T)
         part = warpgroup_mma(ds0, k0, gl.zeros([64, COLS], gl.float32, QL), use_acc=False, is_async=True)
         part = warpgroup_mma(ds1, k1, part, is_async=True)
         dk = warpgroup_mma(ds_r, q, dk, is_async=True)
-        if T.DEFER and T.DS_STAGES == 2:
-            ds_s.index(slot * 2 + WG).store(ds16)
-            fence_async_shared()
         dv, part = warpgroup_mma_wait(1, deps=(dv, part))
-        if T.DEFER:
-            barrier_arrive(BAR_READY + WG + 2 * (it % 2), 256)
         barrier_arrive(BAR_DO + st, 288)
         if T.ORDERED:
             mbarrier.wait(bars[3].index(WG), (it & 1) ^ 1)
@@ -178,14 +152,7 @@ def consume(work, WG: gl.constexpr, F: gl.constexpr, T: gl.constexpr):
         if T.ORDERED:
             barrier_arrive(BAR_DQ + WG, 160)
         else:
-            tma_reduce_add(
-                dq_desc, [((before if T.DEFER else qt) * 2 + WG) * (64 * COLS // 256), 0], dq_s.index(WG)
-            )
-        before = qt
-        if T.PREFETCH:
-            ahead = (it + 1) % STAGES
-            mbarrier.wait(q_full.index(ahead), ((it + 1) // STAGES) & 1)
-            s_init = per_column(lse_s.index(ahead), BLOCK_M, SL)
+            tma_reduce_add(dq_desc, [(qt * 2 + WG) * (64 * COLS // 256), 0], dq_s.index(WG))
         dk = warpgroup_mma_wait(0, deps=(dk,))
         barrier_arrive(BAR_Q + st, 288)
         m += 1
@@ -193,20 +160,8 @@ def consume(work, WG: gl.constexpr, F: gl.constexpr, T: gl.constexpr):
         if m == m_hi:
             m = m_lo
             qt += sizes[7] - (m_hi - m_lo)
-    if T.DEFER:  # noqa: SIM102
-        if total > 0:
-            slot = (total - 1) % T.DS_STAGES
-            barrier_sync(BAR_READY + (1 - WG) + 2 * ((total - 1) % 2), 256)
-            ds0, ds1, k0, k1 = _dq_operands(ds_s, k_s, slot, WG, COLS, T)
-            part = warpgroup_mma(ds0, k0, gl.zeros([64, COLS], gl.float32, QL), use_acc=False, is_async=True)
-            part = warpgroup_mma(ds1, k1, part, is_async=True)
-            part = warpgroup_mma_wait(0, deps=(part,))
-            tma.store_wait(0)
-            dq_s.index(WG).store(fragment_rows(part, COLS // 8))
-            fence_async_shared()
-            tma_reduce_add(dq_desc, [(before * 2 + WG) * (64 * COLS // 256), 0], dq_s.index(WG))
     barrier_sync(BAR_DS, 256)  # the other warpgroup has read its last K, and this one's dS
-    n, hk, pair, q_side, k_side = place(program_again(), seqs, sizes, F, T)
+    n, hk, q_side, k_side = place(program_again(), seqs, sizes, F, T)
     row, slot = n * T.BLOCK_N + WG * 64, k_side[2]
     v_w.store(dv.to(dtype))
     k_w.store((dk * scale).to(dtype))
@@ -214,6 +169,3 @@ def consume(work, WG: gl.constexpr, F: gl.constexpr, T: gl.constexpr):
     tma_store(dv_desc, box(k_side, hk, row, slot, units[5], F.ragged), v_s.index(WG))
     tma_store(dk_desc, box(k_side, hk, row, slot, units[4], F.ragged), k_s.index(WG))
     tma.store_wait(0)
-    if T.FINISH:
-        stage_s = ds_s.index(WG).slice(0, COLS, 1)
-        finish_dq(sums, stage_s, pair, hk, q_side, sizes, scale, dim, WG, COLS, T)

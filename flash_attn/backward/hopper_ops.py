@@ -178,23 +178,6 @@ def reduce_add_quads(base, x, n: gl.constexpr):
 
 
 @gluon.jit
-def load_quads(base, n: gl.constexpr):
-    """The fp32 tile in fragment order at `base`, as `_quad_view`; past the L1 cache, which reductions do not update."""
-    L: gl.constexpr = _quad_view(n)
-    offsets = gl.expand_dims(_quad_offsets(n, gl.SliceLayout(4, L)), 4)
-    four = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, L)))))
-    four = gl.expand_dims(gl.expand_dims(gl.expand_dims(gl.expand_dims(four, 0), 1), 2), 3)
-    return gl.load(base + (offsets + four), cache_modifier=".cg")
-
-
-@gluon.jit
-def accumulator_of(x, n: gl.constexpr, AL: gl.constexpr):
-    """Back from `load_quads` to the (64, 8 n) accumulator in layout AL; moves no data."""
-    y = gl.permute(gl.reshape(x, [4, 8, 4, n, 2, 2]), (0, 4, 1, 3, 2, 5))
-    return gl.convert_layout(gl.reshape(y, [64, 8 * n]), AL, assert_trivial=True)
-
-
-@gluon.jit
 def per_column(x_s, COLS: gl.constexpr, SL: gl.constexpr):
     """The COLS fp32 values in x_s as initial accumulator: every row of a (64, COLS) tile holds them.
 
@@ -206,24 +189,3 @@ def per_column(x_s, COLS: gl.constexpr, SL: gl.constexpr):
     return gl.inline_asm_elementwise(
         "mov.f32 $0, $1;", "=f,f,f", [x, zeros], dtype=gl.float32, is_pure=False, pack=1
     )
-
-
-@gluon.constexpr_function
-def coalesced(COLS):
-    """Blocked layout for (rows, COLS) half-precision tiles: 16 bytes a thread, four warps."""
-    across = min(COLS // 8, 32)
-    return gl.BlockedLayout([1, 8], [32 // across, across], [4, 1], [1, 0])
-
-
-@gluon.jit
-def store_rows(ptr, strides, tile, rows, limit, first_col, cols_limit):
-    """Copy a shared (rows, COLS) tile to `ptr` + row * strides[1]: rows below `limit`, columns below `cols_limit`.
-
-    `ptr` points to the head of the tile's sequence; `rows` is its first row there, `first_col` its first column.
-    """
-    L: gl.constexpr = coalesced(tile.shape[1])
-    row = rows + gl.arange(0, tile.shape[0], gl.SliceLayout(1, L))
-    col = first_col + gl.arange(0, tile.shape[1], gl.SliceLayout(0, L))
-    offsets = gl.expand_dims(row.to(gl.int64) * strides[1], 1) + gl.expand_dims(col, 0)
-    keep = gl.expand_dims(row < limit, 1) & gl.expand_dims(col < cols_limit, 0)
-    gl.store(ptr + offsets, tile.load(L), mask=keep)

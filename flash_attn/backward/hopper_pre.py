@@ -8,31 +8,26 @@ from flash_attn.tile.rows import sequence
 
 @triton.jit
 def bwd_before(
-    out, dout, lse, dlse, sink, stats, dq_acc, arrivals, turns, dsink,
+    out, dout, lse, dlse, sink, stats, dq_acc, turns, dsink,
     out_strides, dout_strides,  # (batch, seq, head)
     of_lse_strides, of_dlse_strides,  # (batch, head, row)
     seqs,  # (cu_seqlens_q, seqused_q)
-    sizes,  # (max_q, heads, kv_heads, padded query tiles)
-    dim_v, lse_scale,
-    BLOCK_M: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    sizes,  # (max_q, padded query tiles)
+    lse_scale,
+    BLOCK_M: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DIM_V: tl.constexpr,
 ):  # fmt: skip
-    """Per query row: -lse * lse_scale and -delta, delta = rowsum(dout * out) - dlse; zeroes dq_acc, arrivals and turns.
+    """Per query row: -lse * lse_scale and -delta, delta = rowsum(dout * out) - dlse; zeroes dq_acc and turns.
 
     Rows that must give P = 0 (past the end, or seeing no key: lse of either infinity) get -inf and delta 0, so the
     main kernel needs no query mask. With a sink, dsink gets each program's -sum exp(sink - lse) * delta.
     Grid (blocks of ROWS padded rows, heads, batch).
     """
     i, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    max_q, heads, kv_heads, tiles = sizes
+    max_q, tiles = sizes
     start, slot = sequence(seqs[0], None, max_q, b)
     used = slot
     if seqs[1] is not None:
         used = tl.minimum(tl.load(seqs[1] + b), slot)
-    if i == 0:
-        group = heads // kv_heads
-        if h % group == 0:
-            two = tl.arange(0, 2)
-            tl.store(arrivals + (b * kv_heads + h // group) * 2 + two, tl.zeros([2], tl.int32))
     first = b * ((max_q + BLOCK_M - 1) // BLOCK_M)
     if seqs[0] is not None:
         first = start // BLOCK_M + b
@@ -43,7 +38,9 @@ def bwd_before(
     if i * ROWS < padded:
         dims = tl.arange(0, DV)
         valid = rows < used
-        keep = valid[:, None] & (dims < dim_v)[None, :]
+        keep = (
+            valid[:, None] & (dims < DIM_V)[None, :]
+        )  # a bound known only at run time would split every load
         at_rows = (start + rows).to(tl.int64)[:, None]
         o = tl.load(
             out + base * out_strides[0] + h * out_strides[2] + at_rows * out_strides[1] + dims[None, :],
@@ -97,8 +94,8 @@ def bwd_after(
     dq_strides,  # (batch, seq, head)
     cu_seqlens_q,
     sizes,  # (max_q, padded query tiles)
-    dim, scale,
-    BLOCK_M: tl.constexpr, D: tl.constexpr,
+    scale,
+    BLOCK_M: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
     """dq = scale * dq_acc, from the order of a warpgroup's accumulator [column / 8, warp, r, t, upper or lower, 2].
 
@@ -123,7 +120,7 @@ def bwd_after(
         rows = row + tl.arange(0, 64)
         cols = col + tl.arange(0, COLS)
         offsets = rows.to(tl.int64)[:, None] * dq_strides[1] + cols[None, :]
-        tl.store(dq + at + h * dq_strides[2] + offsets, x, (rows < slot)[:, None] & (cols < dim)[None, :])
+        tl.store(dq + at + h * dq_strides[2] + offsets, x, (rows < slot)[:, None] & (cols < DIM)[None, :])
 
 
 @triton.jit

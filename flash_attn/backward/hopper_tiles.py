@@ -9,15 +9,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from flash_attn.backward.hopper_ops import (
-    accumulator_of,
-    bulk_wait_all,
-    count_up,
-    fence_gpu,
-    load_quads,
-    spin_until,
-    store_rows,
-)
+from flash_attn.backward.hopper_ops import bulk_wait_all, count_up, fence_gpu, spin_until
 from flash_attn.tile.hopper import barrier_sync, tma_load, tma_reduce_add, tma_rows
 from flash_attn.tile.rows import sequence
 
@@ -25,14 +17,12 @@ from flash_attn.tile.rows import sequence
 BAR_Q: gl.constexpr = gl.constexpr(12)  # + stage: Q (and the row statistics) may be overwritten
 BAR_DO: gl.constexpr = gl.constexpr(14)  # + stage: dO may be overwritten
 BAR_DS: gl.constexpr = gl.constexpr(11)  # both warpgroups have written their part
-BAR_READY: gl.constexpr = gl.constexpr(5)  # + warpgroup + 2 * slot
-BAR_WG: gl.constexpr = gl.constexpr(9)  # + warpgroup: private
 BAR_DQ: gl.constexpr = gl.constexpr(7)  # + warpgroup: its piece of dQ waits for the writer warp (160 threads)
 
 
 @gluon.jit
 def place(program, seqs, sizes, F: gl.constexpr, T: gl.constexpr):
-    """(key tile, kv head, pair, query side, key side) of a program; pair = batch * kv_heads + kv head.
+    """(key tile, kv head, query side, key side) of a program. A pair is a (batch, kv head).
 
     A side is (batch, first row, rows of the sequence's slot, valid rows); the query side ends with its first padded
     query tile. Inside a group of `width` pairs the key tiles ascend, so that with a causal mask the longest come first
@@ -60,7 +50,7 @@ def place(program, seqs, sizes, F: gl.constexpr, T: gl.constexpr):
     if cu_q is not None:
         # sequence b starts at a padded tile of its own: floor(start / BLOCK_M) + b leaves room for every tail
         tile0 = row_q // T.BLOCK_M + b
-    return n, pair - b * kv_heads, pair, (b, row_q, slot_q, M, tile0), (b, row_k, slot_k, N)
+    return n, pair - b * kv_heads, (b, row_q, slot_q, M, tile0), (b, row_k, slot_k, N)
 
 
 @gluon.jit
@@ -149,7 +139,7 @@ def produce(work, F: gl.constexpr, T: gl.constexpr):
     q_desc, do_desc, k_desc, v_desc, stats_desc = descs
     q_s, do_s, k_s, v_s, lse_s, delta_s = smems
     q_full, do_full, kv_full = bars[0], bars[1], bars[2]
-    n, hk, pair, q_side, k_side = place(gl.program_id(0), seqs, sizes, F, T)
+    n, hk, q_side, k_side = place(gl.program_id(0), seqs, sizes, F, T)
     M, tile0 = q_side[3], q_side[4]
     N = k_side[3]
     lo, hi = query_range(n, M, N, band, F, T)
@@ -166,13 +156,8 @@ def produce(work, F: gl.constexpr, T: gl.constexpr):
     h = hk * group
     m = lo
     stats = (h * sizes[7] + tile0 + m) * 2
-    loads = total
-    if T.PREFETCH:  # noqa: SIM102
-        # Q runs one tile ahead; a last dummy tile keeps the consumers free of branches
-        if total > 0:
-            loads = total + 1
     older, old = stats // 2, stats // 2  # query tiles of the two steps before
-    for it in range(loads):
+    for it in range(total):
         st = it % T.STAGES
         if it >= T.STAGES:
             barrier_sync(BAR_Q + st, 288)
@@ -189,19 +174,17 @@ def produce(work, F: gl.constexpr, T: gl.constexpr):
             for i in gl.static_range(BLOCKS):
                 at = box(k_side, hk, key0 + i * ROWS, N, units[3], F.ragged)
                 tma_load(v_desc, at, kv_full.index(0), v_s.index(i))
-        if it < total:
-            if it >= T.STAGES:
-                barrier_sync(BAR_DO + st, 288)
-            full = do_full.index(st)
-            mbarrier.expect(full, do_desc.block_type.nbytes)
-            tma_load(do_desc, box(q_side, h, m * T.BLOCK_M, M, units[1], F.ragged), full, do_s.index(st))
+        if it >= T.STAGES:
+            barrier_sync(BAR_DO + st, 288)
+        full = do_full.index(st)
+        mbarrier.expect(full, do_desc.block_type.nbytes)
+        tma_load(do_desc, box(q_side, h, m * T.BLOCK_M, M, units[1], F.ragged), full, do_s.index(st))
         m += 1
         stats += 2
-        if m == hi:  # noqa: SIM102
-            if it + 1 < total:
-                m = lo
-                h += 1
-                stats = (h * sizes[7] + tile0 + m) * 2
+        if m == hi:
+            m = lo
+            h += 1
+            stats = (h * sizes[7] + tile0 + m) * 2
     if T.ORDERED and T.D == 256:
         for it in range(gl.maximum(total - 2, 0), total):
             barrier_sync(BAR_Q + it % T.STAGES, 288)
@@ -217,7 +200,7 @@ def write_dq(work, F: gl.constexpr, T: gl.constexpr):
     dq_desc, turns, dq_s, bars, problem = work
     seqs, sizes, band = problem[0], problem[1], problem[2]
     dq_empty = bars[3]
-    n, hk, pair, q_side, k_side = place(gl.program_id(0), seqs, sizes, F, T)
+    n, hk, q_side, k_side = place(gl.program_id(0), seqs, sizes, F, T)
     M, N = q_side[3], k_side[3]
     lo, hi = query_range(n, M, N, band, F, T)
     group = sizes[2] // sizes[3]
@@ -240,74 +223,3 @@ def write_dq(work, F: gl.constexpr, T: gl.constexpr):
         if m == hi:
             m = lo
             qt += sizes[7] - (hi - lo)
-
-
-@gluon.jit
-def _dq_piece(dq_acc, i, tiles, h0, tile0, query_tiles, WG: gl.constexpr, COLS: gl.constexpr):
-    head = h0 + i // tiles
-    piece = (head * query_tiles + tile0 + i % tiles) * 2 + WG
-    return load_quads(gl.multiple_of(dq_acc + piece.to(gl.int64) * (64 * COLS), 16), COLS // 8)
-
-
-@gluon.jit
-def _store_dq(
-    dq,
-    strides,
-    x,
-    stage_s,
-    i,
-    tiles,
-    h0,
-    q_side,
-    scale,
-    dim,
-    WG: gl.constexpr,
-    COLS: gl.constexpr,
-    T: gl.constexpr,
-):
-    AL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
-    b, row_q, slot_q, M, tile0 = q_side
-    h = h0 + i // tiles
-    row, col = (i % tiles) * T.BLOCK_M, WG * COLS
-    if T.BLOCK_M == 128:
-        row, col = row + WG * 64, 0
-    head = dq + b.to(gl.int64) * strides[0] + row_q.to(gl.int64) * strides[1] + h.to(gl.int64) * strides[2]
-    stage_s.store((accumulator_of(x, COLS // 8, AL) * scale).to(stage_s.dtype))
-    store_rows(head, strides, stage_s, row, slot_q, col, dim)
-
-
-@gluon.jit
-def finish_dq(
-    sums, stage_s, pair, hk, q_side, sizes, scale, dim, WG: gl.constexpr, COLS: gl.constexpr, T: gl.constexpr
-):  # fmt: skip
-    """Convert this warpgroup's pieces of dQ, if every other program of the (batch, kv head) is done with them.
-
-    The sums still lie in L2 then; a kernel of its own would read them from memory (53 of 560 us at 16k tokens, S=1k).
-    `stage_s` is a (64, COLS) shared buffer that nobody else uses.
-    """
-    dq, strides, dq_acc, arrivals, turns = sums
-    bulk_wait_all()
-    barrier_sync(BAR_WG + WG, 128)
-    before = gl.atomic_add(arrivals + pair * 2 + WG, 1, sem="acq_rel", scope="gpu")
-    if before == sizes[6] - 1:
-        tile0, query_tiles = q_side[4], sizes[7]
-        group = sizes[2] // sizes[3]
-        tiles = (q_side[2] + T.BLOCK_M - 1) // T.BLOCK_M
-        total = tiles * group
-        h0 = hk * group
-        # several pieces in flight hide the latency of L2; 128 registers of them at most
-        DEPTH: gl.constexpr = 4 if COLS == 64 else 2
-        for i in range(0, total, DEPTH):
-            x0 = _dq_piece(dq_acc, i, tiles, h0, tile0, query_tiles, WG, COLS)
-            x1 = _dq_piece(dq_acc, gl.minimum(i + 1, total - 1), tiles, h0, tile0, query_tiles, WG, COLS)
-            if DEPTH == 4:
-                x2 = _dq_piece(dq_acc, gl.minimum(i + 2, total - 1), tiles, h0, tile0, query_tiles, WG, COLS)
-                x3 = _dq_piece(dq_acc, gl.minimum(i + 3, total - 1), tiles, h0, tile0, query_tiles, WG, COLS)
-            _store_dq(dq, strides, x0, stage_s, i, tiles, h0, q_side, scale, dim, WG, COLS, T)
-            if i + 1 < total:
-                _store_dq(dq, strides, x1, stage_s, i + 1, tiles, h0, q_side, scale, dim, WG, COLS, T)
-            if DEPTH == 4:
-                if i + 2 < total:
-                    _store_dq(dq, strides, x2, stage_s, i + 2, tiles, h0, q_side, scale, dim, WG, COLS, T)
-                if i + 3 < total:
-                    _store_dq(dq, strides, x3, stage_s, i + 3, tiles, h0, q_side, scale, dim, WG, COLS, T)

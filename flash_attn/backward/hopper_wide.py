@@ -21,7 +21,6 @@ from flash_attn.backward.hopper_tiles import (
     BAR_DS,
     BAR_Q,
     box,
-    finish_dq,
     needs_mask,
     place,
     query_range,
@@ -52,10 +51,9 @@ def _probabilities(s, lse, masked, rows, cols, M, N, band, scores, F: gl.constex
 @gluon.jit
 def consume(work, WG: gl.constexpr, F: gl.constexpr, T: gl.constexpr):
     """Warpgroup WG: half the keys of S and dP, half the columns of dQ, dK and dV."""
-    descs, units, sums, smems, bars, problem = work
-    seqs, sizes, band, dim, scores, scale = problem
+    descs, units, dq_acc, turns, smems, bars, problem = work
+    seqs, sizes, band, scores, scale = problem
     dk_desc, dv_desc = descs
-    dq_acc, turns = sums[2], sums[4]
     q_s, do_s, k_s, v_s, lse_s, delta_s, p_s, ds_s = smems
     q_full, do_full, kv_full = bars[0], bars[1], bars[2]
     D: gl.constexpr = T.D
@@ -70,7 +68,7 @@ def consume(work, WG: gl.constexpr, F: gl.constexpr, T: gl.constexpr):
     KL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
     VL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS_V, 16])
     dtype: gl.constexpr = q_s.dtype
-    n, hk, pair, q_side, k_side = place(gl.program_id(0), seqs, sizes, F, T)
+    n, hk, q_side, k_side = place(gl.program_id(0), seqs, sizes, F, T)
     M, tile0 = q_side[3], q_side[4]
     N = k_side[3]
     m_lo, m_hi = query_range(n, M, N, band, F, T)
@@ -135,7 +133,7 @@ def consume(work, WG: gl.constexpr, F: gl.constexpr, T: gl.constexpr):
             m = m_lo
             qt += sizes[7] - (m_hi - m_lo)
     barrier_sync(BAR_DS, 256)  # the other warpgroup has read its last K and V
-    n, hk, pair, q_side, k_side = place(program_again(), seqs, sizes, F, T)
+    n, hk, q_side, k_side = place(program_again(), seqs, sizes, F, T)
     row, slot = n * BLOCK_N, k_side[2]
     v_t.slice(WG * COLS_V, COLS_V, 1).store(dv.to(dtype))
     k_half.store((dk * scale).to(dtype))
@@ -147,6 +145,3 @@ def consume(work, WG: gl.constexpr, F: gl.constexpr, T: gl.constexpr):
     else:
         tma_store(dk_desc, box(k_side, hk, row, slot, units[4], F.ragged), k_s.index(0))
     tma.store_wait(0)
-    if T.FINISH:
-        barrier_sync(BAR_DS, 256)  # dK has left its buffer
-        finish_dq(sums, k_half, pair, hk, q_side, sizes, scale, dim, WG, COLS, T)
