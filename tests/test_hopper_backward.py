@@ -148,6 +148,7 @@ def fragments(x: torch.Tensor) -> torch.Tensor:
     return x.view(4, 2, 8, x.shape[1] // 8, 4, 2).permute(3, 0, 2, 4, 1, 5).reshape(-1)
 
 
+@pytest.mark.interpret
 @pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="runs Triton kernels in the interpreter"
 )
