@@ -19,6 +19,7 @@ from flash_attn.tuning.config import FwdConfig  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = [
+    pytest.mark.interpret,
     pytest.mark.skipif(
         not INTERPRETED and not torch.cuda.is_available(), reason="needs the interpreter or a GPU"
     ),

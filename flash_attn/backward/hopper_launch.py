@@ -90,7 +90,7 @@ def features(problem: Problem) -> Features:
 
 @lru_cache(maxsize=1024)
 def schedule(problem: Problem) -> Schedule:
-    """How to cut `problem`; other cuts were slower or did not fit, see docs/perf/hopper-bwd.md."""
+    """How to cut `problem`; other cuts were slower or did not fit, see docs/perf/hopper-backward.md."""
     D = _padded(max(problem.head_dim, problem.head_dim_v))
     DV = _padded(problem.head_dim_v)
     # queries a step, keys of a program, ring of Q and dO, buffers of dS: what registers and shared memory hold
