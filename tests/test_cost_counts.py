@@ -162,7 +162,7 @@ def test_softmax_factor_says_what_three_could_mean():
     factor = softmax_factor(LLAMA, 989e12, 132 * 16 * 1.83e9)
     assert factor.asked == 3.0
     assert factor.flops == pytest.approx(1 + 5 / (4 * 128))
-    assert factor.time == pytest.approx(1.5, abs=0.02)  # genz.md: the exps cost half the products at D = 128
+    assert factor.time == pytest.approx(1.5, abs=0.02)  # the exps cost half the products at D = 128
 
 
 BAD = [

@@ -59,7 +59,7 @@ def test_the_switch_is_read_at_call_time_and_drives_the_constant():
     logit = cost.Logit(["Logit", 2, 4, 8, 16, 32, 4, 0, cost.OpType.Logit])
     assert logit.get_num_ops() == 3.0 * 2 * 4 * 8 * 16 * 32
     corrected = cost.prefill_moddeling(**LLAMA)
-    assert corrected.Latency == pytest.approx(261.4974, abs=1e-4)  # genz.md C5
+    assert corrected.Latency == pytest.approx(261.4974, abs=1e-4)
     cost.set_flash_attention_mode(use_corrected=False)
     assert cost.USE_CORRECTED_FLASH_ATTENTION is False and not cost.flash_attention_config.is_corrected()
     assert logit.get_num_ops() == 2 * 4 * 8 * 16 * 32
