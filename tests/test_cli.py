@@ -56,7 +56,7 @@ def test_explain_names_what_is_wrong(words, message):
 def test_bench_writes_rows_table_and_plot(tmp_path):
     result = run(
         bench, "bench", "--seqlens", "32,64", "--head-dims", "16", "--dtypes", "fp32", "--heads", "2",
-        "--seconds", "0.01", "--device", "cpu", "--output", str(tmp_path),
+        "--seconds", "0.01", "--device", "cpu", "--memory", "512", "--output", str(tmp_path),
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     saved = json.loads((tmp_path / "rows.json").read_text())
@@ -64,6 +64,9 @@ def test_bench_writes_rows_table_and_plot(tmp_path):
     assert {row["kind"] for row in saved["rows"]} == {"forward", "backward"}
     assert all(row["time_us"] > 0 for row in saved["rows"]) and saved["meta"]["torch"] == torch.__version__
     assert (tmp_path / "rows.csv").read_text().count("\n") == len(saved["rows"]) + 1
+    extra = json.loads((tmp_path / "host.json").read_text())
+    assert {row["kind"] for row in extra} == {"host", "memory"}
+    assert 0 < extra[-1]["peak_extra_mb"] < extra[-1]["score_matrix_mb"]
     assert (tmp_path / "speed.png").stat().st_size > 5000
 
 

@@ -1,18 +1,21 @@
 """`flash-attn bench`: ours against the other implementations on this machine; table, JSON, CSV and a plot."""
 
 import csv
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from flash_attn import dispatch
+from flash_attn import dispatch, flash_attn_func
 from flash_attn.cli import problem_args as args
 from flash_attn.cli.plots import line_plot
-from flash_attn.utils import race
+from flash_attn.utils import host_cost, race
+from flash_attn.utils.benchmarks import MB, peak_extra_mb
 from flash_attn.utils.peers import CPU_PEERS, FLEX, GPU_PEERS, OURS
 
 
@@ -62,9 +65,10 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
     console.print(table)
 
 
-def write(rows: list[dict[str, Any]], output: Path) -> None:
-    """rows.json, rows.csv and speed.png under `output`."""
+def write(rows: list[dict[str, Any]], extra: list[dict[str, Any]], output: Path) -> None:
+    """rows.json, rows.csv and speed.png under `output`, and host.json with the rows that are no race."""
     race.save(rows, output / "rows.json")
+    (output / "host.json").write_text(json.dumps(extra, indent=1) + "\n")
     columns = list(dict.fromkeys(key for row in rows for key in row))
     with open(output / "rows.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, columns)
@@ -87,6 +91,45 @@ def write(rows: list[dict[str, Any]], output: Path) -> None:
     line_plot(output / "speed.png", title, "sequence length", "TFLOP/s", series, log=True)
 
 
+def host_and_memory(device: str, memory: int) -> list[dict[str, Any]]:
+    """What a call costs before its backend, and the peak memory of a long one beyond its inputs."""
+    found: list[dict[str, Any]] = [
+        {"kind": "host", "call": row.name, "time_us": row.median_us}
+        for row in host_cost.measure(device, calls=500)
+    ]
+    if memory:
+        q, k, v = (torch.randn(1, memory, 8, 64, device=device, requires_grad=True) for _ in range(3))
+        dout = torch.randn_like(q)
+
+        def step() -> None:
+            torch.autograd.grad(flash_attn_func(q, k, v, causal=True), (q, k, v), dout)
+
+        call = f"forward and backward, S={memory}, H=8, D=64, fp32, causal"
+        score = 8 * memory**2 * 4 / MB
+        found.append(
+            {
+                "kind": "memory",
+                "call": call,
+                "peak_extra_mb": peak_extra_mb(step, device),
+                "score_matrix_mb": score,
+            }
+        )
+    return found
+
+
+def show_host_and_memory(rows: list[dict[str, Any]], console: Console) -> None:
+    table = Table(title="host time to the backend and back; peak memory beyond the inputs")
+    table.add_column("call")
+    table.add_column("", justify="right")
+    for row in rows:
+        if row["kind"] == "host":
+            table.add_row(row["call"], f"{row['time_us']:.1f} us")
+        else:
+            note = f"{row['peak_extra_mb']:.0f} MB (one score matrix: {row['score_matrix_mb']:.0f} MB)"
+            table.add_row(row["call"], note)
+    console.print(table)
+
+
 def register(app: typer.Typer) -> None:
     @app.command()
     def bench(
@@ -104,11 +147,12 @@ def register(app: typer.Typer) -> None:
         flex: Annotated[
             bool, typer.Option("--flex", help="also FlexAttention (compiles for a while)")
         ] = False,
+        memory: Annotated[
+            int, typer.Option(min=0, help="also the peak memory of a call of this length, e.g. 16384")
+        ] = 0,
         seconds: Annotated[float, typer.Option(min=0.01, help="time spent on each measurement")] = 0.5,
         device: Annotated[str, typer.Option(help="cpu or cuda; default: cuda if there is one")] = "",
-        output: Annotated[Path, typer.Option(help="folder for rows.json, rows.csv and speed.png")] = Path(
-            "bench-output"
-        ),
+        output: Annotated[Path, typer.Option(help="folder for the results")] = Path("bench-output"),
     ) -> None:
         """Time ours against the other implementations on this machine."""
         device = device or args.default_device()
@@ -146,5 +190,7 @@ def register(app: typer.Typer) -> None:
                 rows += cell
                 bar.advance(task)
         show(rows, console)
-        write(rows, output)
-        console.print(f"written: {output}/rows.json, rows.csv, speed.png")
+        extra = host_and_memory(device, memory)
+        show_host_and_memory(extra, console)
+        write(rows, extra, output)
+        console.print(f"written: {output}/rows.json, rows.csv, host.json, speed.png")
