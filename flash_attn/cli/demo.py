@@ -188,7 +188,7 @@ def language_model(device: str, out: Path, steps: int) -> bool:
     )  # fmt: skip
     prompt_text = "def __init__(self, "
     prompt = torch.tensor([[index[c] for c in prompt_text]], device=device)
-    count = 160
+    count = 96
     models["flash"].eval()
     begin = time.perf_counter()
     cached = models["flash"].generate(prompt, count)
@@ -230,7 +230,7 @@ def register(app: typer.Typer) -> None:
     def demo(
         device: Annotated[str, typer.Option(help="cpu or cuda; default: cuda if there is one")] = "",
         output: Annotated[Path, typer.Option(help="folder for the plots")] = Path("demo-output"),
-        steps: Annotated[int, typer.Option(min=2, help="training steps")] = 150,
+        steps: Annotated[int, typer.Option(min=2, help="training steps")] = 100,
     ) -> None:
         """Check exactness, show time and memory, train and run a small GPT: the main job."""
         device = device or default_device()
