@@ -16,6 +16,7 @@ from flash_attn.tile import dropout, mask, rows, score
 
 sequence, packed_tile, row_offsets = rows.sequence, rows.packed_tile, rows.row_offsets
 key_range, full_range, keep = mask.key_range, mask.full_range, mask.keep
+row_range, full_row_range = mask.row_range, mask.full_row_range
 capped, biased, dcapped = score.capped, score.biased, score.dcapped
 keep_tile, keep_tile_t = dropout.keep_tile, dropout.keep_tile_t
 LOG2E = score.LOG2E
@@ -101,28 +102,6 @@ def _used_keys(start, owned, N, seqused, leftpad, b):
         pad = tl.load(leftpad + b)
         start, owned, N = start + pad, owned - pad, tl.maximum(N - pad, 0)
     return start, owned, N
-
-
-@triton.jit
-def _row_range(col_lo, col_hi, M, N, band, F: tl.constexpr):
-    """Rows [lo, hi) of which each sees at least one key of [col_lo, col_hi)."""
-    lo, hi = 0, M
-    if F.right:
-        lo = tl.maximum(col_lo + M - N - band[1], 0)
-    if F.left:
-        hi = tl.minimum(col_hi + M - N + band[0], M)
-    return lo, hi
-
-
-@triton.jit
-def _full_row_range(col_lo, col_hi, M, N, band, F: tl.constexpr):
-    """Rows [lo, hi) of which each sees every key of [col_lo, col_hi)."""
-    lo, hi = 0, M
-    if F.right:
-        lo = tl.maximum(col_hi - 1 + M - N - band[1], 0)
-    if F.left:
-        hi = tl.minimum(col_lo + 1 + M - N + band[0], M)
-    return lo, hi
 
 
 @triton.jit
@@ -319,8 +298,8 @@ def attn_bwd_dkdv(
         dk_acc = _zeros(BLOCK_N, T.d1, T.d2, T.rows_first)
         dv_acc = _zeros(BLOCK_N, T.v1, T.v2, T.rows_first)
 
-        lo, hi = _row_range(col_lo, tl.minimum(col_lo + BLOCK_N, N), M, N, band, F)
-        full_lo, full_hi = _full_row_range(col_lo, col_lo + BLOCK_N, M, N, band, F)
+        lo, hi = row_range(col_lo, tl.minimum(col_lo + BLOCK_N, N), M, N, band, F)
+        full_lo, full_hi = full_row_range(col_lo, col_lo + BLOCK_N, M, N, band, F)
         lo = tl.multiple_of(lo // BLOCK_M * BLOCK_M, BLOCK_M)
         hi = tl.where(col_lo < N, hi, 0)  # keys that nobody uses get zeros
         # Three spans: [lo, a) masked by the right edge, [a, z) where every row sees every key, [z, hi) masked by the
