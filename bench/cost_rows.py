@@ -3,6 +3,7 @@
     python3 bench/cost_rows.py --check ok.json          correctness of every kind of call on small shapes
     python3 bench/cost_rows.py --time rows.json --ok ok.json
 
+With --drawn SEED the shapes are random instead, and the rows held out: they judge the model and never calibrate it.
 A kind of call that fails its check, or that a backend refuses, is left out and said so.
 """
 
@@ -13,6 +14,7 @@ import json
 import math
 import os
 import pathlib
+import random
 import subprocess
 import sys
 import time
@@ -79,6 +81,31 @@ def shapes():
     add("decode", "triton", 8, 32, 8, 1, 128, FULL, 16384, tuple(range(2048, 16385, 2048)))
     add("decode", "triton", 32, 32, 8, 1, 128, FULL, 8192, tuple(range(256, 8193, 256)))
     add("decode", "triton", 16, 32, 8, 1, 128, (4095, 0), 32768)
+    return found
+
+
+def drawn(seed):
+    """Shapes that nobody chose, of at most 4 TFLOP forward."""
+    pick = random.Random(seed)
+    found = []
+    for kind in ("forward", "backward"):
+        for backend in ("hopper", "triton"):
+            for D in (64, 128, 256):
+                for _ in range(4):
+                    S = 8 * round(2 ** pick.uniform(6, 13))
+                    Hk, groups = pick.choice((1, 2, 4, 8, 12)), pick.choice((1, 1, 2, 4))
+                    B = max(
+                        1, min(round(2 ** pick.uniform(13, 16) / S), int(1e12 / (Hk * groups * S * S * D)))
+                    )
+                    mask = pick.choice((FULL, CAUSAL, (round(2 ** pick.uniform(7, 12)), 0)))
+                    lens = None
+                    if B > 2 and pick.random() < 0.4:
+                        lens = tuple(round(S * pick.uniform(0.1, 1)) for _ in range(B - 1)) + (S,)
+                    found.append((kind, backend, B, Hk * groups, Hk, S, S, D, mask, lens))
+    for _ in range(16):
+        D, Hk, N = pick.choice((64, 128, 256)), pick.choice((1, 2, 4, 8)), round(2 ** pick.uniform(10, 16))
+        B = max(1, min(256, int(2 ** pick.uniform(24, 29) / (N * Hk * D))))
+        found.append(("decode", "triton", B, Hk * pick.choice((1, 4, 8)), Hk, 1, N, D, FULL, None))
     return found
 
 
@@ -164,10 +191,10 @@ def small(shape):
     return kind, backend, 3, 2 * (H // Hk), 2, m, n, D, (left, right and min(right, 100)), lens
 
 
-def check(path, part, parts, only):
+def check(path, chosen, part, parts, only):
     """Groups whose name starts with `only`, each `parts`-th of them; a CUDA error ends the process's usefulness, so
     run backends apart."""
-    mine = [shape for shape in shapes() if group(shape).startswith(only)]
+    mine = [shape for shape in chosen if group(shape).startswith(only)]
     seen, report = set(), {}
     for shape in mine:
         if group(shape) in seen:
@@ -216,16 +243,14 @@ def captured(call):
     return graph
 
 
-def measure(path, ok_paths, budget):
+def measure(path, chosen, held_out, ok_paths, budget):
     from triton.testing import do_bench
 
     ok = {}
     for p in ok_paths:
         ok |= json.loads(pathlib.Path(p).read_text())
     rows, started, skipped = [], time.time(), {}
-    order = sorted(
-        shapes(), key=lambda s: zlib.crc32(repr(s).encode())
-    )  # what a cut leaves out is no pattern
+    order = sorted(chosen, key=lambda s: zlib.crc32(repr(s).encode()))  # what a cut leaves out is no pattern
     for shape in order:
         kind, backend, B, H, Hk, M, N, D, (left, right), lens = shape
         if ok.get(group(shape)) != "ok":
@@ -267,7 +292,8 @@ def measure(path, ok_paths, budget):
         gpu=torch.cuda.get_device_name(), torch=torch.__version__, triton=triton.__version__,
         commit=commit or os.environ.get("COMMIT", "unknown"),
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="minutes"),
-        command="python3 bench/cost_rows.py --time", timing="CUDA graph, do_bench (cold L2)",
+        command=f"python3 bench/cost_rows.py --time{held_out}", held_out=bool(held_out),
+        timing="CUDA graph, do_bench (cold L2)",
     )  # fmt: skip
     with open(path, "w") as f:
         f.write(
@@ -284,10 +310,15 @@ if __name__ == "__main__":
     parser.add_argument("--time")
     parser.add_argument("--ok", nargs="*", default=[])
     parser.add_argument("--budget", type=float, default=45)
+    parser.add_argument(
+        "--drawn", type=int, metavar="SEED", help="random shapes, held out of the calibration"
+    )
     args = parser.parse_args()
+    chosen = shapes() if args.drawn is None else drawn(args.drawn)
     if args.check:
-        check(args.check, *map(int, args.part.split("/")), args.only)
+        check(args.check, chosen, *map(int, args.part.split("/")), args.only)
     elif args.time:
-        measure(args.time, args.ok, args.budget)
+        how = "" if args.drawn is None else f" --drawn {args.drawn}"
+        measure(args.time, chosen, how, args.ok, args.budget)
     else:
         sys.exit(parser.format_help())

@@ -170,7 +170,7 @@ def test_fit_finds_the_constants_that_made_the_rows():
     assert found.matrix == pytest.approx(truth.matrix, rel=0.1)
 
 
-def test_halves_share_no_row_and_do_not_depend_on_order():
+def test_halves_share_no_shape_and_do_not_depend_on_order():
     f = dict(
         kind="forward",
         backend="triton",
@@ -184,9 +184,11 @@ def test_halves_share_no_row_and_do_not_depend_on_order():
         gpu="NVIDIA H200",
     )
     rows = [measured.row_of(f | {"N": n}, "made") for n in range(64, 74)]
+    rows.append(rows[0]._replace(source="measured again"))
+    rows.append(measured.row_of(f | {"N": 80, "held_out": True}, "made"))
     a, b = fit.calibration_half(rows), fit.validation_half(rows)
-    assert len(a) == len(b) == 5 and not {r.label for r in a} & {r.label for r in b}
-    assert [r.label for r in fit.calibration_half(rows[::-1])] == [r.label for r in a]
+    assert len(a) == len(b) == 6 and not {r.label for r in a} & {r.label for r in b} and rows[-1] in b
+    assert {r.label for r in fit.calibration_half(rows[::-1])} == {r.label for r in a}
 
 
 @pytest.mark.parametrize(

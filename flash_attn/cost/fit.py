@@ -77,11 +77,15 @@ def fit(rows: Sequence[measured.Row], start: AnyConstants) -> AnyConstants:
 
 
 def calibration_half(rows: Sequence[measured.Row]) -> list[measured.Row]:
-    return sorted(rows, key=lambda row: row.label)[::2]
+    """The rows of every second shape: both halves have all measurements of their shapes."""
+    labels = sorted({row.label for row in rows if not row.held_out})[::2]
+    return [row for row in rows if not row.held_out and row.label in labels]
 
 
 def validation_half(rows: Sequence[measured.Row]) -> list[measured.Row]:
-    return sorted(rows, key=lambda row: row.label)[1::2]
+    """The rows of the other shapes and those that are held out."""
+    labels = {row.label for row in calibration_half(rows)}
+    return [row for row in rows if row.label not in labels]
 
 
 def families(rows: Sequence[measured.Row]) -> dict[str, list[measured.Row]]:

@@ -31,6 +31,7 @@ class Row(NamedTuple):
     hardware: str
     source: str  # file name
     tiles: Tiles | None  # the kernel had; None: those of today's tuning table
+    held_out: bool = False  # measured to judge the model: never calibrates it
 
     @property
     def direction(self) -> str:
@@ -107,7 +108,10 @@ def row_of(fields: dict[str, Any], source: str) -> Row:
         )
     time_s = fields["time_us"] * 1e-6
     tiles = fields.get("tiles") and Tiles(*(Tile(*tile) for tile in fields["tiles"]))
-    return Row(problem, fields["kind"], fields["backend"], lens_q, lens_k, time_s, hardware, source, tiles)
+    held_out = bool(fields.get("held_out"))
+    return Row(
+        problem, fields["kind"], fields["backend"], lens_q, lens_k, time_s, hardware, source, tiles, held_out
+    )
 
 
 def kernels_hardware() -> list[str]:
