@@ -1,5 +1,6 @@
 """The decode kernel and its merge against the fp64 oracle, in the interpreter; the choice of splits, anywhere."""
 
+import itertools
 import math
 import os
 
@@ -63,6 +64,21 @@ class TestPlanning:
             used = max(config.num_stages - 1, 1) * config.block_n * (d + dv)
             assert used * dtype.itemsize <= device.shared_memory
             assert config.block_m == 64
+
+    @pytest.mark.parametrize("device", KNOWN.values(), ids=lambda d: d.name)
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+    def test_tiles_are_powers_of_two(self, device, dtype):
+        """A range of any other length does not compile: head dims of 192 and 128 once gave 42 keys a tile."""
+        dims = (1, 33, 40, 64, 96, 128, 192, 224, 256, 320, 576)
+        shapes = itertools.product(dims, dims, (1, 5, 32), (1, 9), (1, 40), (0, 48), (0, 1))
+        for d, dv, group, max_q, batch, page, num_splits in shapes:
+            p = problem(
+                head_dim=d, head_dim_v=dv, heads=4 * group, kv_heads=4, max_q=max_q, dtype=dtype, batch=batch,
+                page_size=page, num_splits=num_splits,
+            )  # fmt: skip
+            for config in splits.configs.__wrapped__(p, device.shared_memory, device.multiprocessors):
+                assert all(x >= 1 and x & (x - 1) == 0 for x in config[:3]), (p, config)
+                assert min(config[:2]) >= 16, (p, config)
 
     @pytest.mark.parametrize("batch", [1, 3, 16, 40, 128])
     @pytest.mark.parametrize("max_k", [256, 4096, 131072])

@@ -49,7 +49,8 @@ def configs(problem: Problem, shared_memory: int, multiprocessors: int) -> tuple
     block_m = min(MAX_ROWS, max(16, _power(rows(problem))))
     d, dv = (max(16, _power(x)) for x in (problem.head_dim, problem.head_dim_v))
     itemsize = problem.dtype.itemsize
-    large = max(16, min(128, TILE_BYTES // ((d + dv) * itemsize)))
+    # the largest power of two (a tile has no other length) of keys whose rows fit: d + dv need not be one
+    large = max(16, min(128, _power(TILE_BYTES // ((d + dv) * itemsize) + 1) // 2))
     small = max(16, large // 2)
     share = programs(problem, block_m) / multiprocessors
     if problem.num_splits == 1:
