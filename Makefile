@@ -25,7 +25,7 @@ format: .venv/dev-installed
 	.venv/bin/ruff check --fix .
 
 .venv/dev-installed: pyproject.toml constraints.txt
-	scripts/install '.[cli,dev]'
+	scripts/install '.[cli,dev,docs]'
 	touch $@
 
 clean:
