@@ -18,6 +18,9 @@ from flash_attn.flash_attn_interface import (
     flash_attn_varlen_qkvpacked_func,
     flash_attn_with_kvcache,
 )
+from flash_attn.integrations import pytorch as _pytorch
+
+_pytorch.register()  # offers torch.nn.attention.activate_flash_attention_impl("FAPLUS"); changes nothing by itself
 
 __all__ = [
     "ArgumentTypeError",

@@ -26,13 +26,16 @@ class Forward(NamedTuple):
     rng_state: Tensor  # int64 (2,), zeros without dropout
 
 
-def claim_operators(file: str) -> None:
-    """Raise ImportError when another copy of flash_attn has defined these operators in this process."""
-    ops = torch.ops.flash_attn
-    owner = getattr(ops, _OWNER, "another distribution") if hasattr(ops, "_flash_attn_forward") else file
+def claim_operators(file: str, namespace: str = "flash_attn", operator: str = "_flash_attn_forward") -> None:
+    """Raise ImportError when another package has defined the operators of `namespace` in this process.
+
+    `operator` is one of those that `file` is about to define.
+    """
+    ops = getattr(torch.ops, namespace)
+    owner = getattr(ops, _OWNER, "another distribution") if hasattr(ops, operator) else file
     if owner != file:
         raise ImportError(
-            f"two copies of flash_attn in one process: the operators flash_attn::* were defined by {owner};"
+            f"two copies of {namespace} in one process: the operators {namespace}::* were defined by {owner};"
             f" this is {file}. Remove one of them from sys.path (pip list shows what is installed)."
         )
     setattr(ops, _OWNER, file)
