@@ -29,6 +29,7 @@ BACKENDS = {
 # Run only when asked for by name.
 FORCED_ONLY = {
     "reference": "flash_attn.backends.reference",
+    "flaggems": "flash_attn.flash_attn_flaggems_backend",
 }
 DIRECTIONS = ("forward", "backward")
 
@@ -78,9 +79,19 @@ def select(
         UnsupportedError: no backend can, with every backend's reason.
         ArgumentValueError: FLASH_ATTN_BACKEND names no backend.
     """
-    if index is None and problem.device == "cuda" and torch.cuda.is_available():
-        index = torch.cuda.current_device()
+    if index is None:
+        index = _current(problem)
     return _select(problem, direction, forced or forced_backend(), index, device.assumed())
+
+
+def select_unforced(problem: Problem, direction: str) -> ModuleType:
+    """The backend that runs `problem` on the current GPU where none is forced: for one that leaves a part to others."""
+    return _select(problem, direction, None, _current(problem), device.assumed())
+
+
+def _current(problem: Problem) -> int | None:
+    on_gpu = problem.device == "cuda" and torch.cuda.is_available()
+    return torch.cuda.current_device() if on_gpu else None
 
 
 # What a backend supports depends on the GPU too (machines with two kinds of them; `device.assume`).
