@@ -4,6 +4,9 @@
 Every gradient is bitwise reproducible, `deterministic` or not.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -26,9 +29,10 @@ def supports(problem: Problem, direction: str) -> str | None:
 
 
 def forward(problem: Problem, ops: Operands) -> tuple[Tensor, Tensor]:
-    if torch_flash.computes(problem):
-        return torch_flash.forward(problem, ops)
-    return tiled_forward.forward(problem, ops)
+    with _as_given():
+        if torch_flash.computes(problem):
+            return torch_flash.forward(problem, ops)
+        return tiled_forward.forward(problem, ops)
 
 
 def backward(
@@ -40,6 +44,12 @@ def backward(
     dlse: Tensor | None = None,
     into: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
 ) -> Gradients:
-    if dlse is None and torch_flash.computes(problem):
-        return torch_flash.backward(problem, ops, out, lse, dout, into)
-    return tiled_backward.backward(problem, ops, out, lse, dout, dlse, into)
+    with _as_given():
+        if dlse is None and torch_flash.computes(problem):
+            return torch_flash.backward(problem, ops, out, lse, dout, into)
+        return tiled_backward.backward(problem, ops, out, lse, dout, dlse, into)
+
+
+def _as_given() -> AbstractContextManager[Any]:
+    """No autocast: the dtypes of the torch operations here are chosen, as those of a kernel are."""
+    return torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext()
