@@ -2,7 +2,10 @@
 
 import copy
 import math
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -153,3 +156,67 @@ def test_threads_do_not_disturb_each_other():
     for t in threads:
         t.join()
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+SHARDED = """
+import copy, torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from test_integration import Block, flash
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+torch.manual_seed(0)
+plain = torch.nn.ModuleList([Block(flash), Block(flash)])
+sharded = copy.deepcopy(plain)
+mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+for block in sharded:
+    fully_shard(block, mesh=mesh)
+tokens, losses = torch.randint(0, 17, (2, 9)), []
+for model in (plain, sharded):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    row = []
+    for _ in range(3):
+        loss = sum(block(tokens).square().mean() for block in model)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        row.append(loss.item())
+    losses.append(row)
+dist.destroy_process_group()
+assert losses[0] == losses[1] and losses[0][0] > losses[0][2], losses
+print("equal")
+"""
+
+
+def test_sharded_training_equals_plain_training():
+    """FSDP gathers and frees parameters in hooks round forward and backward; a group of one runs them all."""
+    pytest.importorskip("torch.distributed.fsdp", reason="torch without distributed")
+    tests = Path(__file__).parent
+    code = f"import sys; sys.path[:0] = [{str(tests)!r}, {str(tests.parent)!r}]{SHARDED}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "equal", done.stderr
+
+
+def test_hooks_see_every_gradient_once():
+    model = Block(flash)
+    seen = []
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: seen.append(id(p)))
+    model.out.register_full_backward_hook(lambda module, into, out: seen.append("module"))
+    model(torch.randint(0, 17, (2, 9))).sum().backward()
+    assert sorted(map(str, seen)) == sorted([*(str(id(p)) for p in model.parameters()), "module"])
+
+
+def test_training_under_autocast():
+    """Linear layers give bfloat16 to attention; parameters and their gradients stay float32."""
+    model, tokens = Block(flash), torch.randint(0, 17, (2, 33))
+    dtypes, grads = [], []
+    model.attend = lambda q, k, v: dtypes.append(q.dtype) or flash(q, k, v)
+    for enabled in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            loss = F.cross_entropy(model(tokens).float().flatten(0, 1), tokens.flatten())
+        loss.backward()
+        grads.append(model.qkv.weight.grad.clone())
+    assert dtypes == [torch.float32, torch.bfloat16] and grads[1].dtype == torch.float32
+    assert (grads[1] - grads[0]).norm() < 0.05 * grads[0].norm()
