@@ -2,8 +2,8 @@
 
     python examples/padding_and_packing.py [--device cuda]
 
-Packed means: the tokens of all sentences one behind the other, and `cu_seqlens` says where each begins. No token attends
-to another sentence, and nothing is computed for padding.
+Packed means: the tokens of all sentences one behind the other, and `cu_seqlens` says where each begins. No token
+attends to another sentence, and nothing is computed for padding.
 """
 
 import argparse

@@ -14,7 +14,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PICTURE = "docs/assets/speed.svg"
 BLOCK = re.compile(r"<!-- figures: (.*?) -->\n.*?<!-- /figures -->", re.DOTALL)
-PEERS = {"ours": "this package", "fa4": "FlashAttention-4", "fa3": "FlashAttention-3", "cudnn": "cuDNN", "fa2": "FlashAttention-2"}  # fmt: skip
+PEERS = {
+    "ours": "this package",
+    "fa4": "FlashAttention-4",
+    "fa3": "FlashAttention-3",
+    "cudnn": "cuDNN",
+    "fa2": "FlashAttention-2",
+}
 COLOURS = {"ours": "#c2410c", "fa4": "#1d4ed8", "fa3": "#60a5fa", "cudnn": "#15803d", "fa2": "#9ca3af"}
 DIMS, LENGTHS = (64, 128, 256), (1024, 4096, 16384)
 
@@ -66,13 +72,13 @@ def rates(cells: Cells, words: dict[str, str]) -> list[str]:
 ENGLISH = {"forward": "forward", "backward": "backward", "full": "full", "causal": "causal"}
 CHINESE = {"forward": "前向", "backward": "反向", "full": "无掩码", "causal": "因果"}
 CAPTION = {
-    "README.md": "{date}, {gpu}, torch {torch}, triton {triton}, commit {commit}; bf16, 16k tokens, heads x D = 2048: speed as "
-    "a share of the fastest other implementation in the same run (1.00 is equal).",
-    "README.zh.md": "{date}，{gpu}，torch {torch}，triton {triton}，提交 {commit}；bf16，共 16k 个 token，头数 × D = 2048："
-    "速度与同一次运行中最快的其他实现之比（1.00 为持平）。",
-    "docs/performance-log.md": "{date}, {gpu}, torch {torch}, triton {triton}, commit {commit}; bf16, 16k tokens, heads x D = "
-    "2048; TFLOP/s, where causal counts half of the operations.",
-}  # fmt: skip
+    "README.md": "{date}, {gpu}, torch {torch}, triton {triton}, commit {commit}; bf16, 16k tokens, heads x D = 2048: "
+    "speed as a share of the fastest other implementation in the same run (1.00 is equal).",
+    "README.zh.md": "{date}，{gpu}，torch {torch}，triton {triton}，提交 {commit}；bf16，共 16k 个 token，"
+    "头数 × D = 2048：速度与同一次运行中最快的其他实现之比（1.00 为持平）。",
+    "docs/performance-log.md": "{date}, {gpu}, torch {torch}, triton {triton}, commit {commit}; bf16, 16k tokens, "
+    "heads x D = 2048; TFLOP/s, where causal counts half of the operations.",
+}
 TABLES = {
     "README.md": (shares, ENGLISH),
     "README.zh.md": (shares, CHINESE),
@@ -104,21 +110,25 @@ def picture(names: str) -> str:
     for line, kind in enumerate(("forward", "backward")):
         for column, dim in enumerate(DIMS):
             left, base = 30 + column * (panel + 10), 208 + line * 178
-            text.append(f'<text x="{left}" y="{base - bars - 12}" font-weight="bold">{kind}, D = {dim}, causal</text>')
+            text.append(
+                f'<text x="{left}" y="{base - bars - 12}" font-weight="bold">{kind}, D = {dim}, causal</text>'
+            )
             text.append(f'<line x1="{left}" y1="{base}" x2="{left + panel - 20}" y2="{base}" stroke="#555"/>')
             for group, length in enumerate(LENGTHS):
                 x = left + 4 + group * 88
-                label = f'<text x="{x + 36}" y="{base + 14}" text-anchor="middle">{length // 1024}k tokens</text>'
+                label = (
+                    f'<text x="{x + 36}" y="{base + 14}" text-anchor="middle">{length // 1024}k tokens</text>'
+                )
                 text.append(label)
                 for name in PEERS:
                     rate = cells[kind, dim, True, length].get(name)
                     if rate is None:
                         continue
                     tall = bars * rate / top
-                    text.append(
-                        f'<rect x="{x}" y="{base - tall:.1f}" width="15" height="{tall:.1f}" fill="{COLOURS[name]}"/>'
-                        f'<text x="{x + 7.5}" y="{base - tall - 2:.1f}" font-size="7" text-anchor="middle">{rate:.0f}</text>'
-                    )
+                    y, colour = base - tall, COLOURS[name]
+                    text.append(f'<rect x="{x}" y="{y:.1f}" width="15" height="{tall:.1f}" fill="{colour}"/>')
+                    label = f'<text x="{x + 7.5}" y="{y - 2:.1f}" font-size="7" text-anchor="middle">{rate:.0f}</text>'
+                    text.append(label)
                     x += 16
     for index, (name, title) in enumerate(PEERS.items()):
         x = 30 + index * 130
@@ -143,7 +153,9 @@ def main() -> None:
     names = " ".join(Path(name).resolve().relative_to(ROOT).as_posix() for name in sys.argv[1:]) or sources()
     for page in TABLES:
         path = ROOT / page
-        path.write_text(BLOCK.sub(lambda _, page=page: block(page, names), path.read_text(encoding="utf-8")), "utf-8")
+        path.write_text(
+            BLOCK.sub(lambda _, page=page: block(page, names), path.read_text(encoding="utf-8")), "utf-8"
+        )
     (ROOT / PICTURE).parent.mkdir(exist_ok=True)
     (ROOT / PICTURE).write_text(picture(names), encoding="utf-8")
 
