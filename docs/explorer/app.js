@@ -161,6 +161,7 @@ const App = (() => {
     const tiles = Math.ceil(p.n / p.bn);
     const [a, b] = step.kind === "load" || step.kind === "add" ? [one(step.cols), step.cols[1]] : [one(step.rows), step.rows[1]];
     const pieces = [];
+    let wrong = false;
     if (step.kind === "start") {
       const count = (number) => several(number, "tile1", "tileMany");
       pieces.push(t("start", { M: p.m, N: p.n, qTiles: count(Math.ceil(p.m / p.bm)), kTiles: count(tiles) }));
@@ -182,12 +183,12 @@ const App = (() => {
     } else if (step.kind === "done") {
       const worst = Math.max(...walk.out.map((row, i) => Attention.difference(row, wanted[i])));
       const visited = walk.steps.filter((s) => s.kind === "load").length;
-      const same = worst < 1e-12;
-      pieces.push(t(same ? "done" : "doneBad", { M: p.m, d: p.d, visited, all: Math.ceil(p.m / p.bm) * tiles, difference: tiny(worst) }));
+      wrong = worst > 1e-12;
+      pieces.push(t(wrong ? "doneBad" : "done", { M: p.m, d: p.d, visited, all: Math.ceil(p.m / p.bm) * tiles, difference: tiny(worst) }));
     } else {
       pieces.push(t(step.kind, { a, b }));
     }
-    $("step-title").textContent = t(`${step.kind}Title`);
+    $("step-title").textContent = t(wrong ? "doneBadTitle" : `${step.kind}Title`);
     $("step-text").textContent = pieces.join(Text.language === "zh" ? "" : " ");
   }
 

@@ -1,7 +1,7 @@
 """Writes data.js, the numbers of the explorer's page, from `flash_attn.cost`: python docs/explorer/make_data.py
 
-The page counts operations and bytes itself (counts.js) and plays the same schedules as `flash_attn.cost.kernels`. What it
-cannot work out is here: the data sheets, the fitted constants and the tiles that the tuning table gives.
+The page counts operations and bytes itself (counts.js) and plays the same schedules as `flash_attn.cost.kernels`. What
+it cannot work out is here: the data sheets, the fitted constants and the tiles that the tuning table gives.
 """
 
 import json
@@ -54,7 +54,9 @@ def _gpu(name: str) -> dict[str, Any]:
     }
 
 
-def _tiles(hw: hardware.Hardware, backend: str, direction: str, mask: str, d: int, length: int) -> list[list[int]]:
+def _tiles(
+    hw: hardware.Hardware, backend: str, direction: str, mask: str, d: int, length: int
+) -> list[list[int]]:
     """[queries, keys, programs that share a processor] of each kernel of a call; tiles depend on no other setting."""
     for batch, heads in ((BATCHES[0], HEADS[0]), (BATCHES[-1], HEADS[-1])):
         one = problem(batch, heads, length, d, mask)
@@ -88,7 +90,11 @@ def text() -> str:
     everything = data()
     gpus = everything.pop("gpus")
     lines = [f"  {json.dumps(key)}: {json.dumps(value)}," for key, value in everything.items()]
-    lines += ['  "gpus": {'] + [f"    {json.dumps(name)}: {json.dumps(gpu)}," for name, gpu in gpus.items()] + ["  },"]
+    lines += (
+        ['  "gpus": {']
+        + [f"    {json.dumps(name)}: {json.dumps(gpu)}," for name, gpu in gpus.items()]
+        + ["  },"]
+    )
     head = "// Written by make_data.py from flash_attn.cost; do not edit. Rates a second, sizes in bytes."
     return "\n".join([head, '"use strict";', "const FLASH_DATA = {", *lines, "};", ""])
 

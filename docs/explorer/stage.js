@@ -37,7 +37,7 @@ class Stage {
     this.tone = { q: range(scene.x.q), k: range(scene.x.k), v: range(scene.x.v), o: range(scene.wanted) };
     this.tone.s = range(scores.length ? scores : [[0]]);
     this.tone.l = (value) => value / scene.p.n;
-    this.size = null;
+    this.size = this.svg = this.last = null; // of another scene; nothing is drawn while the view is hidden
     this.fit();
   }
 
