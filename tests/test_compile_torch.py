@@ -155,6 +155,37 @@ def test_kvcache_appends(lengths):
         assert torch.equal(a, b) and not torch.equal(a, before)
 
 
+@pytest.mark.parametrize("paged", [False, True])
+def test_kvcache_appends_without_recompiling(paged):
+    """Other lengths, other capacities, other numbers of new rows (equal sizes would become one symbol)."""
+
+    def call(q, k_cache, v_cache, k, v, where, table):
+        return flash_attn_with_kvcache(
+            q,
+            k_cache,
+            v_cache,
+            k,
+            v,
+            cache_seqlens=where,
+            block_table=table,
+            causal=True,
+            return_softmax_lse=True,
+        )
+
+    run = Compiled(call)
+    for new, blocks, lengths in ((3, 5, (3, 7)), (5, 7, (16, 0)), (7, 6, (9, 10))):
+        q, k, v = (torch.randn(2, new, h, 16) for h in (4, 2, 2))
+        table = torch.randperm(2 * blocks, dtype=torch.int32).view(2, blocks) if paged else None
+        mine = [
+            torch.randn(2 * blocks, 4, 2, 16) if paged else torch.randn(2, 4 * blocks, 2, 16) for _ in "kv"
+        ]
+        theirs, where = [x.clone() for x in mine], torch.tensor(lengths, dtype=torch.int32)
+        got, want = run(q, *mine, k, v, where, table), call(q, *theirs, k, v, where, table)
+        for g, w in zip((*got, *mine), (*want, *theirs), strict=True):
+            torch.testing.assert_close(g, w, rtol=0, atol=0)
+    run.check()
+
+
 def test_dropout_is_random_and_follows_the_seed():
     run = Compiled(lambda q, k, v: (flash_attn_func(q, k, v, 0.5), flash_attn_func(q, k, v, 0.5)))
     inputs = qkv()
