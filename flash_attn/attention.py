@@ -141,11 +141,11 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout: Tensor | None, dlse: Tensor | None):
-        with torch.no_grad():
+        if not torch.is_grad_enabled():
+            return None, *_Attention._gradients(ctx, dout, dlse)
+        with torch.no_grad():  # create_graph=True
             grads = _Attention._gradients(ctx, dout, dlse)
-        if torch.is_grad_enabled():  # create_graph=True
-            grads = _NoSecondDerivative.apply(len(grads), *grads, *ctx.saved_tensors, dout, dlse)
-        return None, *grads
+        return None, *_NoSecondDerivative.apply(len(grads), *grads, *ctx.saved_tensors, dout, dlse)
 
     @staticmethod
     def _gradients(ctx, dout: Tensor | None, dlse: Tensor | None) -> Sequence[Tensor | None]:
