@@ -20,11 +20,16 @@ def advertise() -> None:
     known = importlib.metadata.packages_distributions().get("flash_attn", [])
     if "flash-attn" in known or not torch.cuda.is_available():
         return
-    info = Path(_site.name) / "flash_attn-2.8.4.dist-info"
+    write_metadata(Path(_site.name))
+    sys.path.append(_site.name)
+
+
+def write_metadata(directory: Path) -> None:
+    """Make `directory`, on sys.path, tell of an installed distribution flash-attn."""
+    info = directory / "flash_attn-2.8.4.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: flash-attn\nVersion: 2.8.4\n")
     (info / "top_level.txt").write_text("flash_attn\n")
-    sys.path.append(_site.name)
 
 
 def configs(head_dim: int = 16, window: int = 6) -> dict:
