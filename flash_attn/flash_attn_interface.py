@@ -26,6 +26,7 @@ from torch import Tensor
 
 from flash_attn import _raw as flash_attn_gpu  # noqa: F401  upstream's name for its compiled module
 from flash_attn import _traced
+from flash_attn._applied import applied
 from flash_attn._legacy import (  # noqa: F401  private names that other projects import from here
     _flash_attn_backward,
     _flash_attn_forward,
@@ -341,3 +342,11 @@ def _unpack(name: str, packed: Any, form: str) -> tuple[Tensor, ...]:
         return packed, *packed.unbind(-3)
     packed = last_contiguous(name, packed)
     return packed, *packed.detach().unbind(-3)
+
+
+FlashAttnFunc = applied("FlashAttnFunc", flash_attn_func)
+FlashAttnKVPackedFunc = applied("FlashAttnKVPackedFunc", flash_attn_kvpacked_func)
+FlashAttnQKVPackedFunc = applied("FlashAttnQKVPackedFunc", flash_attn_qkvpacked_func)
+FlashAttnVarlenFunc = applied("FlashAttnVarlenFunc", flash_attn_varlen_func)
+FlashAttnVarlenKVPackedFunc = applied("FlashAttnVarlenKVPackedFunc", flash_attn_varlen_kvpacked_func)
+FlashAttnVarlenQKVPackedFunc = applied("FlashAttnVarlenQKVPackedFunc", flash_attn_varlen_qkvpacked_func)

@@ -4,6 +4,7 @@ import inspect
 
 import cases
 import pytest
+import torch
 
 import flash_attn
 from flash_attn import flash_attn_interface
@@ -48,6 +49,33 @@ def test_version_and_exports():
         assert getattr(flash_attn, name) is not None
     for name in SIGNATURES:
         assert getattr(flash_attn_interface, name) is getattr(flash_attn, name)
+
+
+@pytest.mark.parametrize(
+    "name, function",
+    [(f"FlashAttn{kind}Func", f"flash_attn_{low}func") for kind, low in (
+        ("", ""), ("KVPacked", "kvpacked_"), ("QKVPacked", "qkvpacked_"), ("Varlen", "varlen_"),
+        ("VarlenKVPacked", "varlen_kvpacked_"), ("VarlenQKVPacked", "varlen_qkvpacked_"),
+    )],
+)  # fmt: skip
+def test_function_classes_apply(name, function):
+    """Old clients call `FlashAttnFunc.apply(...)` with every argument, the last of them is_grad_enabled."""
+    x, cu = torch.randn(9, 3, 2, 16, requires_grad=True), torch.tensor([0, 4, 9], dtype=torch.int32)
+    given = {"qkv": x, "kv": x[:, 1:], "q": x[:, 0], "k": x[:, 1], "v": x[:, 2]}
+    if "varlen" not in function:
+        given = {n: t[None] for n, t in given.items()}
+    given |= dict(
+        cu_seqlens=cu, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen=5, max_seqlen_q=5, max_seqlen_k=5
+    )
+    tail = {n: p for n, p in SIGNATURES[function].items() if p is not EMPTY} | dict(return_attn_probs=True)
+    arguments = [given[n] if n in given else tail[n] for n in SIGNATURES[function]]
+    apply = getattr(flash_attn_interface, name).apply
+    want = getattr(flash_attn, function)(*arguments)
+    for got, w in zip(apply(*arguments, True), want, strict=True):
+        torch.testing.assert_close(got, w, rtol=0, atol=0)
+    assert apply(*arguments)[0].requires_grad and not apply(*arguments, False)[0].requires_grad
+    with pytest.raises(TypeError, match=f"{name}.apply takes at most"):
+        apply(*arguments, True, True)
 
 
 def test_warmup_runs_each_problem_once(monkeypatch):
