@@ -18,7 +18,7 @@ sequence, packed_tile, row_offsets = rows.sequence, rows.packed_tile, rows.row_o
 key_range, full_range, keep = mask.key_range, mask.full_range, mask.keep
 row_range, full_row_range = mask.row_range, mask.full_row_range
 capped, biased, dcapped = score.capped, score.biased, score.dcapped
-keep_tile, keep_tile_t = dropout.keep_tile, dropout.keep_tile_t
+key_order, keep_tile, dropped = dropout.key_order, dropout.keep_tile, dropout.dropped
 LOG2E = score.LOG2E
 
 # The row statistics of a packed sequence start at a multiple of this many rows and fill whole blocks, so that they
@@ -33,7 +33,7 @@ class Features(NamedTuple):
     right: bool
     softcap: bool
     alibi: bool
-    dropout: bool
+    dropout: int  # `tile.dropout.calls_abreast`
 
 
 class Tiling(NamedTuple):
@@ -147,7 +147,7 @@ def _inner(a, b, C2: tl.constexpr, T: tl.constexpr):
 
 
 @triton.jit
-def _p_and_ds(qk, dp, r, c, M, N, lse2, delta, kept, factors, slope, band, edge, F: tl.constexpr):
+def _p_and_ds(qk, dp, r, c, M, N, lse2, delta, kept, threshold, factors, slope, band, edge, F: tl.constexpr):
     """(dropped-out P, dS) of a tile, either way round: r, lse2 and delta broadcast along keys, c along rows.
 
     The mask is applied where `edge`, which is the same for all threads (known at compile time in a loop over one kind
@@ -161,7 +161,7 @@ def _p_and_ds(qk, dp, r, c, M, N, lse2, delta, kept, factors, slope, band, edge,
         p = tl.where(keep(r, c, M, N, band, F), p, 0.0)
     if F.dropout:
         ds = p * (tl.where(kept, dp, 0.0) - delta)
-        p = tl.where(kept, p, 0.0)
+        p = dropped(p, kept, threshold)
     else:
         ds = p * (dp - delta)
     return p, dcapped(ds, x, F)
@@ -240,10 +240,10 @@ def _over_rows(
                 _inner(do_tile, v_tile, T.v2, T),
             )  # [block_m, block_n] fp32
             if F.dropout:
-                kept = keep_tile(rng, bh, r, col_lo, threshold, T.block_n)
+                kept = keep_tile(rng, bh, r, col_lo, threshold, T.block_n, F)
             p, ds = _p_and_ds(
-                qk, dp, r[:, None], c[None, :], M, N, lse2[:, None], delta[:, None], kept, factors, slope, band,
-                edge, F,
+                qk, dp, r[:, None], c[None, :], M, N, lse2[:, None], delta[:, None], kept, threshold, factors, slope,
+                band, edge, F,
             )  # fmt: skip
             dv = _plus_transposed(dv, p, do_tile, T.v2, T)
             dk = _plus_transposed(dk, ds, q_tile, T.d2, T)
@@ -252,11 +252,9 @@ def _over_rows(
                 _inner(k_tile, q_tile, T.d2, T),
                 _inner(v_tile, do_tile, T.v2, T),
             )  # [block_n, block_m] fp32
-            if F.dropout:
-                kept = keep_tile_t(rng, bh, r, col_lo, threshold, T.block_n)
             p, ds = _p_and_ds(
-                qk, dp, r[None, :], c[:, None], M, N, lse2[None, :], delta[None, :], kept, factors, slope, band,
-                edge, F,
+                qk, dp, r[None, :], c[:, None], M, N, lse2[None, :], delta[None, :], kept, threshold, factors, slope,
+                band, edge, F,
             )  # fmt: skip
             dv = _plus(dv, p, do_tile, T.v2, T)
             dk = _plus(dk, ds, q_tile, T.d2, T)
@@ -291,7 +289,7 @@ def attn_bwd_dkdv(
         if lengths[2] is not None:
             M = tl.load(lengths[2] + b)
         start_k, owned, N = _used_keys(start_k, owned, N, lengths[3], lengths[4], b)
-        c = col_lo + tl.arange(0, BLOCK_N)
+        c = col_lo + key_order(BLOCK_N, F)
         k_rows, v_rows = row_offsets(c, start_k, b, k_strides), row_offsets(c, start_k, b, v_strides)
         k_tile = _load(k + kv_head * k_strides[2], k_rows, c < N, T.D, T.d1, T.d2)
         v_tile = _load(v + kv_head * v_strides[2], v_rows, c < N, T.DV, T.v1, T.v2)
@@ -352,7 +350,7 @@ def _over_keys(
 ):  # fmt: skip
     """Add the keys [span[0], span[3]) to dq; all rows see those of [span[1], span[2])."""
     for n in range(span[0], span[3], T.block_n):
-        c = n + tl.arange(0, T.block_n)
+        c = n + key_order(T.block_n, F)
         k_tile = _load(k + n * k_stride, k_rows, c < N, T.D, T.d1, T.d2)
         v_tile = _load(v + n * v_stride, v_rows, c < N, T.DV, T.v1, T.v2)
         qk = _inner(q_tile, k_tile, T.d2, T)  # [block_m, block_n] fp32
@@ -361,9 +359,10 @@ def _over_keys(
         if KIND == 0:
             edge = (n < span[1]) | (n >= span[2])
         if F.dropout:
-            kept = keep_tile(rng, bh, r, n, threshold, T.block_n)
+            kept = keep_tile(rng, bh, r, n, threshold, T.block_n, F)
         p, ds = _p_and_ds(
-            qk, dp, r[:, None], c[None, :], M, N, lse2[:, None], delta[:, None], kept, factors, slope, band, edge, F
+            qk, dp, r[:, None], c[None, :], M, N, lse2[:, None], delta[:, None], kept, threshold, factors, slope, band,
+            edge, F,
         )  # fmt: skip
         dq = _plus(dq, ds, k_tile, T.d2, T)
     return dq
@@ -454,7 +453,7 @@ def attn_bwd_dq(
         a = tl.minimum(tl.maximum(tl.cdiv(full_lo, BLOCK_N) * BLOCK_N, lo), tl.maximum(hi, lo))
         z = tl.minimum(tl.maximum(full_hi // BLOCK_N * BLOCK_N, a), tl.maximum(hi, a))
         kv_head = head // sizes[2]
-        steps = tl.arange(0, BLOCK_N)
+        steps = key_order(BLOCK_N, F)
         k_rows, v_rows = steps * k_strides[1].to(tl.int32), steps * v_strides[1].to(tl.int32)
         k_at = k + b * k_strides[0] + start_k * k_strides[1] + kv_head * k_strides[2]
         v_at = v + b * v_strides[0] + start_k * v_strides[1] + kv_head * v_strides[2]

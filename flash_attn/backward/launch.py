@@ -10,6 +10,7 @@ from flash_attn.backward.kernel import PAD, Features, Tiling, attn_bwd_dkdv, att
 from flash_attn.forward.launch import precision
 from flash_attn.problem import Gradients, Operands, Problem
 from flash_attn.reference.dropout import threshold
+from flash_attn.tile.dropout import calls_abreast
 from flash_attn.tile.score import factors
 from flash_attn.tuning.backward import backward_config, cut, smaller
 from flash_attn.tuning.config import BwdConfig
@@ -101,13 +102,18 @@ def _common(
         (slopes, 0 if slopes is None or slopes.dim() == 1 else slopes.stride(0)),
         (ops.rng_state if problem.dropout_p else None, threshold(problem.dropout_p)),
     )  # fmt: skip
-    features = (problem.left is not None, problem.right is not None, problem.softcap > 0, problem.alibi)
+    features = Features(
+        left=problem.left is not None, right=problem.right is not None, softcap=problem.softcap > 0,
+        alibi=problem.alibi, dropout=calls_abreast(problem.dropout_p),
+    )  # fmt: skip
     (d1, d2), (v1, v2) = cut(problem.head_dim), cut(problem.head_dim_v)
     tiling = Tiling(
         block_m=tile.block_m, block_n=tile.block_n, D=problem.head_dim, DV=problem.head_dim_v,
-        d1=d1, d2=d2, v1=v1, v2=v2, rows_first=tile.rows_first, precision=precision(problem.dtype),
+        d1=d1, d2=d2, v1=v1, v2=v2,
+        rows_first=tile.rows_first or features.dropout > 0,  # the keys of a Philox call must lie side by side in a row
+        precision=precision(problem.dtype),
     )  # fmt: skip
-    return args, dict(F=Features(*features, problem.dropout_p > 0), T=tiling)
+    return args, dict(F=features, T=tiling)
 
 
 def plan_dq(

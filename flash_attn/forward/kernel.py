@@ -16,7 +16,7 @@ sequence, packed_tile, row_offsets, key_offsets = (
 load_rows = rows.load
 key_range, full_range, keep = mask.key_range, mask.full_range, mask.keep
 capped, biased = score.capped, score.biased
-keep_tile = dropout.keep_tile
+key_order, keep_tile, dropped = dropout.key_order, dropout.keep_tile, dropout.dropped
 update, finish = softmax.update, softmax.finish
 LOG2E = score.LOG2E
 
@@ -28,7 +28,7 @@ class Features(NamedTuple):
     right: bool
     softcap: bool
     alibi: bool
-    dropout: bool
+    dropout: int  # `tile.dropout.calls_abreast`
     positive: bool  # the factor that turns scores into logits is above 0, so it commutes with the maximum
     fast_tanh: bool  # one instruction, for inputs of 16 bits
     page_tiles: bool  # a tile of keys never crosses a page
@@ -46,7 +46,7 @@ def _over_keys(
     dims, dims2 = tl.arange(0, BLOCK_D), BLOCK_D + tl.arange(0, BLOCK_D2)
     dims_v, dims_v2 = tl.arange(0, BLOCK_DV), BLOCK_DV + tl.arange(0, BLOCK_DV2)
     for n in range(lo, hi, BLOCK_N):
-        cols = n + tl.arange(0, BLOCK_N)
+        cols = n + key_order(BLOCK_N, F)
         valid = cols < N
         if paging[0] is None:
             k_off = n * k_strides[1] + k_rows
@@ -74,7 +74,7 @@ def _over_keys(
                 x = tl.where(keep(q_rows[:, None], cols[None, :], M, N, band, F), x, float("-inf"))
         m, l, p, rescale = update(m, l, x, outer, MASKED)
         if F.dropout:
-            p = tl.where(keep_tile(rng, bh, q_rows, n, threshold, BLOCK_N), p, 0.0)
+            p = dropped(p, keep_tile(rng, bh, q_rows, n, threshold, BLOCK_N, F), threshold)
         v_tile = load_rows(v, v_off, valid, dims_v, DV, BLOCK_DV <= DV, MASKED)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * rescale[:, None], input_precision=F.precision)
         if DV > BLOCK_DV:
@@ -176,11 +176,12 @@ def attn_fwd(
         k += kv_head * k_strides[2]
         v += kv_head * v_strides[2]
         # the part of the offsets of a tile of keys that the loop does not change
+        in_tile = key_order(BLOCK_N, F)
         if paging[0] is None:
-            k_rows = row_offsets(tl.arange(0, BLOCK_N), start_k, b_k, k_strides)
-            v_rows = row_offsets(tl.arange(0, BLOCK_N), start_k, b_k, v_strides)
+            k_rows = row_offsets(in_tile, start_k, b_k, k_strides)
+            v_rows = row_offsets(in_tile, start_k, b_k, v_strides)
         else:
-            k_rows, v_rows = tl.arange(0, BLOCK_N) * k_strides[1], tl.arange(0, BLOCK_N) * v_strides[1]
+            k_rows, v_rows = in_tile * k_strides[1], in_tile * v_strides[1]
         # One loop tests every tile for the mask. SPLIT: a loop without a test up to `mid`, then one with; the second
         # fills the pipeline of loads anew, which pays where the first is long.
         mid = lo

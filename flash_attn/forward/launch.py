@@ -8,6 +8,7 @@ from torch import Tensor
 from flash_attn.forward.kernel import Features, attn_fwd
 from flash_attn.problem import Operands, Problem
 from flash_attn.reference.dropout import threshold
+from flash_attn.tile.dropout import calls_abreast
 from flash_attn.tile.score import factors
 from flash_attn.tuning import table
 from flash_attn.tuning.config import FwdConfig, pieces, smaller
@@ -203,7 +204,7 @@ def features(problem: Problem, config: FwdConfig) -> Features:
         right=problem.right is not None,
         softcap=problem.softcap > 0,
         alibi=problem.alibi,
-        dropout=problem.dropout_p > 0,
+        dropout=calls_abreast(problem.dropout_p),
         positive=problem.scale > 0 or problem.softcap > 0,
         fast_tanh=problem.dtype.itemsize == 2 and problem.device == "cuda" and not torch.version.hip,
         page_tiles=problem.paged and not problem.leftpad and problem.page_size % config.block_n == 0,
