@@ -65,7 +65,7 @@ const App = (() => {
     const open = toy.left < 0 && toy.right < 0;
     const window = { left: toy.left, right: toy.causal ? 0 : toy.right };
     const mask = toy.causal && toy.left < 0 ? t("maskCausal") : open ? t("maskFull") : t("maskWindow", window);
-    $("summary").textContent = t("summary", { ...toy, mask });
+    $("summary").textContent = t("summary", { ...toy, ...lengths(toy), mask });
     for (const button of $("presets").children) {
       const wanted = { ...DEFAULT, ...PRESETS[button.dataset.preset], seed: toy.seed };
       button.setAttribute("aria-pressed", Object.keys(wanted).every((key) => wanted[key] === toy[key]));
@@ -153,21 +153,23 @@ const App = (() => {
 
   // ---- words and numbers of one step
 
-  const one = (range) => range[0] + 1; // people count from one
   const several = (count, single, many) => (count === 1 ? t(single) : t(many, { count }));
+  const lengths = ({ m, n }) => ({ queries: several(m, "query1", "queryMany"), keys: several(n, "key1", "keyMany") });
+  // people count from one
+  const span = ([lo, hi], single, many) => t(hi - lo === 1 ? single : many, { first: lo + 1, last: hi });
 
   function narrate(step) {
     const { p, walk, wanted } = scene;
     const tiles = Math.ceil(p.n / p.bn);
-    const [a, b] = step.kind === "load" || step.kind === "add" ? [one(step.cols), step.cols[1]] : [one(step.rows), step.rows[1]];
+    const rows = span(step.rows, "row1", "rowMany");
     const pieces = [];
     let wrong = false;
     if (step.kind === "start") {
       const count = (number) => several(number, "tile1", "tileMany");
-      pieces.push(t("start", { M: p.m, N: p.n, qTiles: count(Math.ceil(p.m / p.bm)), kTiles: count(tiles) }));
+      pieces.push(t("start", { ...lengths(p), qTiles: count(Math.ceil(p.m / p.bm)), kTiles: count(tiles) }));
     } else if (step.kind === "query") {
       const left = step.visited[1] - step.visited[0];
-      pieces.push(t("query", { a, b }));
+      pieces.push(t("query", { rows }));
       if (left === 0) pieces.push(t("queryNone"));
       else if (left < tiles) pieces.push(t("querySkips", { skipped: tiles - left, tiles }));
     } else if (step.kind === "score") {
@@ -178,7 +180,7 @@ const App = (() => {
       pieces.push(t(step.block === step.visited[0] ? "maxFirst" : "max"));
     } else if (step.kind === "write") {
       const dead = step.l.filter((value) => value === 0).length;
-      pieces.push(t("write", { a, b }));
+      pieces.push(t("write", { rows }));
       if (dead) pieces.push(t("writeDead", { dead }));
     } else if (step.kind === "done") {
       const worst = Math.max(...walk.out.map((row, i) => Attention.difference(row, wanted[i])));
@@ -186,7 +188,7 @@ const App = (() => {
       wrong = worst > 1e-12;
       pieces.push(t(wrong ? "doneBad" : "done", { M: p.m, d: p.d, visited, all: Math.ceil(p.m / p.bm) * tiles, difference: tiny(worst) }));
     } else {
-      pieces.push(t(step.kind, { a, b }));
+      pieces.push(t(step.kind, { keys: span(step.cols, "keyRange1", "keyRangeMany"), last: step.cols[1] }));
     }
     $("step-title").textContent = t(wrong ? "doneBadTitle" : `${step.kind}Title`);
     $("step-text").textContent = pieces.join(Text.language === "zh" ? "" : " ");
@@ -379,7 +381,7 @@ const App = (() => {
   // Take from the address what is valid, and say what is not.
   function recall() {
     const given = new URLSearchParams(location.hash.slice(1));
-    if (given.get("lang") === "zh") translate("zh");
+    if (Object.hasOwn(TEXT, given.get("lang") ?? "")) translate(given.get("lang"));
     let trouble = "";
     for (const [name, text] of given) {
       if (name in LIMITS) {
@@ -444,6 +446,7 @@ const App = (() => {
     });
     $("talk").addEventListener("click", () => talk(!document.documentElement.classList.contains("talk")));
     document.addEventListener("keydown", keys);
+    window.addEventListener("hashchange", () => location.hash.includes("=") && arrive());
     let waiting = null;
     window.addEventListener("resize", () => {
       clearTimeout(waiting);
@@ -463,15 +466,18 @@ const App = (() => {
       });
       $("presets").append(button);
     }
-    const language = navigator.language.startsWith("zh") ? "zh" : "en";
-    translate(new URLSearchParams(location.hash.slice(1)).get("lang") ?? language);
+    translate(navigator.language.startsWith("zh") ? "zh" : "en");
+    arrive();
+    listen();
+  }
+
+  function arrive() {
     const trouble = recall();
     fill();
     rebuild();
     sizeForms();
     view(state.view);
     $("error").textContent = $("size-error").textContent = trouble;
-    listen();
   }
 
   start();

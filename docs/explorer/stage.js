@@ -57,7 +57,7 @@ class Stage {
     const gap = Math.max(8, 0.6 * rem);
     const label = 1.7 * font;
     const mark = font; // the arrow of the chosen row
-    const crack = 3; // between tiles
+    const crack = Math.max(n / bn, m / bm) > 12 ? 1 : 3; // between tiles
     const cracks = (count, tile) => crack * (Math.ceil(count / tile) - 1);
     const wide = (width - mark - 3.5 * gap - cracks(n, bn)) / (2 * d + n + 2);
     // beside the words the picture ends above the controls; above the words it may be as high as it is wide
