@@ -113,3 +113,65 @@ def test_launch_hooks_see_every_launch(monkeypatch):
     about, enter, leave = calls[1][6:9]
     assert about == {"stream": 99, "args": ("a", "b")}
     assert enter is runtime.launch_enter_hook and leave is runtime.launch_exit_hook
+
+
+class Box:
+    def __init__(self, base, shape, strides):
+        self.base, self.shape, self.strides, self.padding = base, shape, strides, "zero"
+
+
+@compiled_only
+def test_shortcut_gives_the_compiled_launcher_what_triton_gives_it(monkeypatch):
+    """Triton's own wrapper, round a launcher that records; descriptors are encoded once for an address and shape."""
+    if not triton.__version__.startswith("3.6."):
+        pytest.skip("the shortcut is for Triton 3.6")
+    from triton.backends.nvidia import driver
+
+    encodings = []
+
+    class Utils:
+        def fill_tma_descriptor(self, *args):
+            encodings.append(args)
+            return ("descriptor", *args[:1])
+
+    monkeypatch.setattr(type(triton.runtime.driver), "active", type("Active", (), {"utils": Utils()})())
+    meta = dict(swizzle=1, elem_size=2, elem_type=9, block_size=[8, 8], fp4_padded=False)
+    signature = {
+        0: "*fp32",
+        1: "tensordesc<bf16[8, 8]>",
+        2: ("i32", "i64"),
+        3: "tensordesc<bf16[8, 8]>",
+        4: "constexpr",
+    }
+    calls = []
+
+    class CudaLauncher:
+        """What of Triton's class is read."""
+
+        global_scratch_size = profile_scratch_size = 0
+        launch_cooperative_grid, launch_pdl = False, True
+        launch = staticmethod(
+            driver.wrap_handle_tensordesc(lambda *args: calls.append(args), signature, [meta, meta])
+        )
+
+        def __call__(self, gx, gy, gz, stream, function, *args):
+            self.launch(gx, gy, gz, stream, function, False, True, None, None, *args)
+
+    run = CudaLauncher()
+    x, y = torch.zeros(64), torch.zeros(64)
+    one, two = Box(x, [4, 16], [16, 1]), Box(y, [2, 16], [32, 1])
+    for first, second in ((one, two), (two, one), (one, two)):
+        args = (x, first, (3, 4), second, 128)
+        short = launcher.Binary(None, run, 11, "packed", 0, lambda device: 99, launcher.shortcut(run))
+        assert short.short is not None
+        for binary in (short, short._replace(short=None)):
+            binary.launch((4, 1, 1), args)
+        assert calls[-1] == calls[-2] and len(calls[-1]) == 13 + 1 + 5 + 1 + 5 + 1
+    encodings.clear()
+    for _ in range(3):
+        short.launch((4, 1, 1), args)
+    assert encodings == [], "an equal descriptor is not encoded again"
+    short.launch((4, 1, 1), (x, one, (3, 4), Box(x[16:], [2, 16], [32, 1]), 128))
+    assert len(encodings) == 1 and encodings[0][0] == x.data_ptr() + 64
+    CudaLauncher.global_scratch_size = 8
+    assert launcher.shortcut(run) is None

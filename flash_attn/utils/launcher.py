@@ -50,6 +50,60 @@ class SharedMemoryError(UnsupportedError):
     """A compiled kernel wants more shared memory, registers or tensor memory than the device has."""
 
 
+class Shortcut(NamedTuple):
+    """The way to Triton's compiled launcher past the Python around it, which costs more than the launch itself.
+
+    Triton encodes every TMA descriptor anew at every launch. A descriptor is a value made of an address, a shape and
+    strides, and training meets the same ones again and again: here those of earlier launches are kept.
+    """
+
+    launch: Callable[..., None]
+    before: tuple  # arguments between the function and the kernel's packed metadata
+    boxes: tuple[tuple[int, Any], ...]  # (position among the arguments, what Triton knows) of each descriptor
+    encode: Callable[[Any, Any], list]  # a descriptor as arguments of the compiled launcher
+    encoded: dict[tuple, list]
+
+    def flat(self, args: tuple) -> list:
+        """args with each descriptor replaced by what the compiled launcher takes."""
+        result: list = []
+        begin = 0
+        for i, about in self.boxes:
+            box = args[i]
+            key = (i, box.base.data_ptr(), *box.shape, *box.strides)
+            found = self.encoded.get(key)
+            if found is None:
+                if len(self.encoded) >= MOST_DESCRIPTORS:
+                    self.encoded.clear()
+                found = self.encoded[key] = self.encode(box, about)
+            result += args[begin:i]
+            result += found
+            begin = i + 1
+        result += args[begin:]
+        return result
+
+
+MOST_DESCRIPTORS = 1024  # of one kernel
+
+
+def shortcut(run: Any) -> Shortcut | None:
+    """The shortcut for `run` (CompiledKernel.run), or None where Triton's launcher is not the one of 3.6."""
+    if not triton.__version__.startswith("3.6.") or type(run).__name__ != "CudaLauncher":
+        return None
+    if run.global_scratch_size or run.profile_scratch_size:
+        return None  # needs memory at each launch
+    from triton.backends.nvidia.driver import make_tensordesc_arg
+
+    before, launch = (run.launch_cooperative_grid, run.launch_pdl, None, None), run.launch
+    inner = getattr(launch, "__closure__", None)
+    if inner is None:  # no descriptors: Triton has not wrapped it
+        return Shortcut(launch, before, (), make_tensordesc_arg, {})
+    parts = dict(zip(launch.__code__.co_freevars, (cell.cell_contents for cell in inner), strict=True))
+    if set(parts) != {"launcher", "tensordesc_indices", "tensordesc_meta"}:
+        return None
+    boxes = tuple(zip(sorted(parts["tensordesc_indices"]), parts["tensordesc_meta"], strict=True))
+    return Shortcut(parts["launcher"], before, boxes, make_tensordesc_arg, {})
+
+
 class Binary(NamedTuple):
     """A compiled kernel, loaded on one device."""
 
@@ -59,6 +113,7 @@ class Binary(NamedTuple):
     packed: Any
     device: int
     current_stream: Callable[[int], int]
+    short: Shortcut | None = None
 
     def launch(self, grid: tuple[int, int, int], args: tuple) -> None:
         """Launch on the current stream of its device, which must be current.
@@ -72,6 +127,10 @@ class Binary(NamedTuple):
         if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a profiler listens
             about = self.kernel.launch_metadata(grid, stream, *args)
             self.run(*grid, stream, self.function, self.packed, about, enter, leave, *args)
+        elif self.short is not None:
+            short = self.short
+            rest = short.flat(args) if short.boxes else args
+            short.launch(*grid, stream, self.function, *short.before, self.packed, None, None, None, *rest)
         else:
             self.run(*grid, stream, self.function, self.packed, None, None, None, *args)
 
@@ -239,4 +298,5 @@ def _load(compiled, kernel, problem) -> Binary:
         compiled.packed_metadata,
         driver.get_current_device(),
         driver.get_current_stream,
+        shortcut(run),
     )
