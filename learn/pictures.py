@@ -70,6 +70,7 @@ def loops(axes) -> None:
         for j in range(8):
             axes.text(j, i, f"{j + 1}", color="w", ha="center", va="center")
     axes.set(xlabel="key tiles: one after the other", ylabel="query tiles: one program each")
+    axes.set(xticks=range(8), yticks=range(4))
 
 
 def backward_graph(axes) -> None:
@@ -130,14 +131,46 @@ def dropped(axes) -> None:
 
 
 def accumulators(axes) -> None:
-    counts = [2**i for i in range(4, 14)]
     torch.manual_seed(0)
-    errors = []
-    for n in counts:
-        terms = torch.rand(n, dtype=torch.float64) + 0.5
-        errors.append(float((terms.half().cumsum(0)[-1].double() - terms.sum()).abs() / terms.sum()))
-    axes.loglog(counts, errors, "o-", label="fp16 terms, fp16 running sum", base=2)
-    axes.set(xlabel="terms", ylabel="relative error")
+    terms = torch.rand(8192, dtype=torch.float64) + 0.5
+    exact = terms.cumsum(0)
+    for dtype in (torch.float16, torch.float32):
+        total, sums = torch.zeros((), dtype=dtype), []
+        for term in terms.half().to(dtype):
+            total = total + term  # rounded after every addition, as an accumulator of this type does
+            sums.append(total.double())
+        error = (torch.stack(sums) - exact).abs()
+        axes.semilogy(
+            range(16, 8193, 16), error[15::16], label=f"fp16 terms near 1, {str(dtype)[6:]} accumulator"
+        )
+    axes.set(xlabel="terms", ylabel="error of the sum")
+
+
+def overhang(axes) -> None:
+    """What the programs of lesson 13 load of a 40 x 16 tensor in tiles of 16 rows: the last one hangs over the edge."""
+    rows = torch.arange(48)
+    owner = (rows // 16).float()[:, None].expand(48, 16).clone()
+    owner[rows >= 40] = float("nan")
+    axes.imshow(owner.T.numpy(), cmap="Pastel1", vmax=8)
+    for program in range(3):
+        axes.text(16 * program + 7.5, 7.5, f"program {program}", ha="center")
+    axes.axvline(39.5, color="r", label="end of the tensor: beyond it mask=False, other=0")
+    axes.set(xlabel="rows = program_id * BLOCK_M + arange(BLOCK_M)", ylabel="dims = arange(D)")
+
+
+def packed_rows(axes) -> None:
+    """The three sequences of lesson 14, padded and packed."""
+    lengths = (5, 12, 9)
+    padded = torch.full((3, 26), float("nan"))
+    for b, n in enumerate(lengths):
+        padded[b, :n], padded[b, n:12] = b, 3
+    packed = torch.repeat_interleave(torch.arange(3.0), torch.tensor(lengths))
+    gap = torch.full((1, 26), float("nan"))
+    axes.imshow(torch.cat([padded, gap, packed[None]]).numpy(), cmap="Pastel1", vmax=8)
+    for start in (0, 5, 17, 26):
+        axes.text(start - 0.5, 4.9, str(start), ha="center")
+    axes.set(xticks=[], yticks=[0, 1, 2, 4], yticklabels=["padded: 0", "1", "2", "packed"])
+    axes.set(xlabel="36 rows padded (violet: padding), 26 packed; below: cu_seqlens", ylim=(5.4, -0.6))
 
 
 def overlap(axes) -> None:
@@ -153,7 +186,7 @@ def overlap(axes) -> None:
 
 PICTURES = {
     1: softmax, 2: score_memory, 3: online, 4: traffic, 5: loops, 6: backward_graph, 7: bands, 8: caches, 9: splits,
-    10: pages, 11: dropped, 12: accumulators, 13: loops, 14: bands, 15: overlap,
+    10: pages, 11: dropped, 12: accumulators, 13: overhang, 14: packed_rows, 15: overlap,
 }  # fmt: skip
 
 

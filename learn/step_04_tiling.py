@@ -1,8 +1,11 @@
 """Lesson 4. Tiling: which numbers are where, and how often each is moved.
 
-A GPU's main memory (HBM) is large and far; each multiprocessor has a little fast memory of its own (shared memory:
-163 KiB a program on an A100, 227 KiB on an H100, plus 256 KiB of registers). A product of matrices is fast when each
-element that was fetched is used many times before it is dropped.
+Four words about GPUs. A GPU is a hundred or so small processors side by side, its multiprocessors. A kernel is a
+function that runs on all of them at once. A program (CUDA: a block of threads) is one run of that function, for its
+part of the output, on one multiprocessor; a launch starts thousands, which know each other by number only. Main memory
+(HBM) is large and far; each multiprocessor has a little fast memory of its own (shared memory: 163 KiB a program on an
+A100, 227 KiB on an H100, plus 256 KiB of registers). A product of matrices is fast when each element that was fetched
+is used many times before it is dropped.
 
 Attention is cut into tiles. One program owns BLOCK_M queries and walks over all keys, BLOCK_N at a time:
 
@@ -70,9 +73,10 @@ def main() -> None:
     print(f"one head, {n} tokens, D = {d}: standard attention moves {standard / 2**20:.0f} MiB")
     for block_m in (16, 64, 128, 256):
         tiled = tiled_traffic(n, n, d, block_m)
-        fast, less = tile_bytes(block_m, 64, d) / 1024, standard / tiled
+        fast, moved = tile_bytes(block_m, 64, d) / 1024, tiled / 2**20
+        ratio = standard / tiled
         print(
-            f"  BLOCK_M {block_m:>3}: {tiled / 2**20:>6.0f} MiB, {less:>4.1f}x less, {fast:>4.0f} KiB of fast memory"
+            f"  BLOCK_M {block_m:>3}: {moved:>6.0f} MiB, standard / tiled {ratio:.1f}, {fast:>4.0f} KiB of fast memory"
         )
     assert tiled_traffic(n, n, d, 128) < standard / 3
     assert tile_bytes(128, 128, 64) < 163 * 1024 < tile_bytes(256, 256, 128), (

@@ -11,8 +11,8 @@ Given dO, the derivative of the loss by O, and with P = exp(S - lse), S = scale 
 Why delta: the softmax derivative is dS_i = P_i (dP_i - sum_j P_j dP_j), and sum_j P_j dP_j = sum_j P_j dO.V_j = dO.O.
 So the sum over all keys, which a tile does not see, is known before the first tile.
 
-P is recomputed tile by tile from Q, K and lse: one more product (5 instead of 4 for the four gradients' worth of work,
-2.5 times the forward) in exchange for N * N numbers of memory. Where a row sees no key, lse = -inf and P must be 0:
+P is recomputed tile by tile from Q, K and lse: one product more, five instead of four (the forward has two), and no
+N * N numbers are kept. Where a row sees no key, lse = -inf and P must be 0:
 exp(-inf - -inf) is NaN, so lse = -inf is read as +inf.
 
 dK and dV of a key tile sum over queries, dQ of a query tile sums over keys. One program can own a key tile and keep

@@ -20,7 +20,10 @@ try:
     import triton
     import triton.language as tl
 except ImportError:
-    sys.exit("this lesson needs triton: pip install triton 'numpy<2.4'")
+    sys.exit(
+        "this lesson needs Triton, which torch brings only for GPUs. Install it, with the NumPy that its interpreter "
+        f"wants:\n{sys.executable} -m pip install --constraint constraints.txt triton numpy"
+    )
 
 
 @triton.jit

@@ -55,7 +55,10 @@ def register(app: typer.Typer) -> None:
         if context.invoked_subcommand is None:
             for path in lessons():
                 typer.echo(title(path))
-            typer.echo("\nflash-attn learn run 1    shows a lesson and runs it")
+            typer.echo(
+                "\nEach lesson is a file in learn/ that is made to be read: its text, its code, and what it prints."
+            )
+            typer.echo("flash-attn learn run 1    shows a lesson's text and runs it")
             typer.echo("flash-attn learn draw 3   draws its picture as a PNG")
             typer.echo("flash-attn learn check    grades the exercises in learn/exercises")
 
@@ -66,7 +69,12 @@ def register(app: typer.Typer) -> None:
         source = path.read_text(encoding="utf-8")
         typer.echo(source.split('"""')[1].strip())
         typer.secho(f"\n--- running learn/{path.name}", bold=True)
-        raise typer.Exit(run_module(f"learn.{path.stem}"))
+        status = run_module(f"learn.{path.stem}")
+        after = f"; then: flash-attn learn run {lesson + 1}" if lesson < len(lessons()) else ""
+        typer.secho(
+            f"--- the code: learn/{path.name}; its picture: flash-attn learn draw {lesson}{after}", dim=True
+        )
+        raise typer.Exit(status)
 
     @group.command()
     def draw(

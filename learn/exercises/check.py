@@ -134,7 +134,7 @@ def main() -> int:
     for name, verdict in results.items():
         print(f"{name:<18} {verdict}")
     solved = sum(verdict == "solved" for verdict in results.values())
-    print(f"{solved} of {len(results)} solved")
+    print(f"{solved} of {len(results)} solved; the exercises are in learn/exercises/stubs.py")
     return 0 if solved == len(results) else 1
 
 
