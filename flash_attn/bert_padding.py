@@ -38,9 +38,12 @@ def index_first_axis(input: Tensor, indices: Tensor) -> Tensor:
 
 
 def index_put_first_axis(values: Tensor, indices: Tensor, first_axis_dim: int) -> Tensor:
-    """(z, ...) into rows `indices` (distinct) of zeros (first_axis_dim, ...), differentiable in values."""
+    """(z, ...) into rows `indices` (distinct) of zeros (first_axis_dim, ...), differentiable in values.
+
+    Transformers passes int32 indices when it decodes a padded batch; index_copy takes int64 only.
+    """
     zeros = values.new_zeros((first_axis_dim, *values.shape[1:]))
-    return zeros.index_copy(0, indices, values)
+    return zeros.index_copy(0, indices.long(), values)
 
 
 def index_first_axis_residual(input: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:

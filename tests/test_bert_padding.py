@@ -61,6 +61,13 @@ def test_gradients():
     assert torch.equal(selected, x[rows]) and torch.equal(residual, x) and not residual.requires_grad
 
 
+def test_indices_may_be_int32():
+    """Transformers' decoding of a padded batch passes them; index_copy used to refuse them."""
+    x = torch.randn(3, 1, 2)
+    packed = index_first_axis(x, torch.arange(3, dtype=torch.int32))
+    assert torch.equal(pad_input(packed[:, 0], torch.arange(3, dtype=torch.int32), 3, 1), x)
+
+
 def test_empty_batch():
     packed, _, cu_seqlens, longest, _ = unpad_input(
         torch.randn(2, 3, 4), torch.zeros(2, 3, dtype=torch.int64)

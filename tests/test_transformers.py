@@ -44,6 +44,37 @@ def test_padded_batches_equal_eager(name, side):
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.fixture
+def flash_attention_2(monkeypatch):
+    """Transformers' own path to a flash-attn package, which it opens only where there is CUDA."""
+    from transformers import modeling_flash_attention_utils as used
+    from transformers import modeling_utils
+
+    monkeypatch.setattr(used, "is_flash_attn_2_available", lambda: True)
+    monkeypatch.setattr(used, "_loaded_implementation", None)
+    monkeypatch.setattr(modeling_utils.PreTrainedModel, "_flash_attn_can_dispatch", lambda *_, **__: True)
+    monkeypatch.setitem(
+        modeling_utils.FLASH_ATTENTION_COMPATIBILITY_MATRIX[2], "general_availability_check", lambda *_: True
+    )
+    return "flash_attention_2"
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "gpt-oss-sinks"])
+@torch.no_grad()
+def test_flash_attention_2_generates_as_the_registered_attention(flash_attention_2, name):
+    """In bfloat16, with a padded prompt and a cache: both are the same calls of this package."""
+    config = tiny_models.configs()[name]
+    x = tokens(2, 9)
+    mask = padding(x, (0, 3), "left")
+    results = []
+    for implementation in (flash_attention_2, register()):
+        model = build(config, implementation, torch.bfloat16)
+        text = model.generate(x, attention_mask=mask, max_new_tokens=12, do_sample=False, eos_token_id=None)
+        results.append((text, model(x, attention_mask=mask).logits[mask.bool()]))
+    assert torch.equal(results[0][0], results[1][0])
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=2e-2, atol=2e-2)
+
+
 @pytest.mark.parametrize("name", ["llama", "mistral-window"])
 @torch.no_grad()
 def test_packed_sequences_do_not_see_each_other(name):
