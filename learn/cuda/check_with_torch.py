@@ -90,22 +90,21 @@ def passes(ours: float, theirs: float) -> bool:
     return ours <= 2 * theirs + 1e-6
 
 
-def features(step: str) -> tuple[list, list[int], list[torch.dtype], bool]:
-    """What a step can do, by its place in the ladder: (cases, extra head dims, dtypes, has a backward)."""
-    number = 1 if step == "flash_attn_minimal" else int(step.split("_")[1])
-    cases = SHAPES + (CAUSAL if number >= 10 else []) + (DROPOUT if number >= 11 else [])
-    dims = [32, 40, 64, 96, 128, 200, 256] if number == 13 else []
-    dtypes = [torch.float16, torch.bfloat16, torch.float32] if number == 13 else [torch.float16]
-    return cases, dims, dtypes, number == 12
+def workload(library, head_dim: int) -> tuple[list, list[int], list[torch.dtype], bool]:
+    """What a step can do: (cases, head dims, dtypes, whether it has a backward)."""
+    can = library.flash_can()
+    cases = SHAPES + (CAUSAL if can & 8 else []) + (DROPOUT if can & 16 else [])
+    dims = [head_dim] if library.flash_head_dim() else [32, 40, 64, 96, 128, 200, 256]
+    return cases, dims, [dtype for dtype, code in ladder.DTYPES.items() if can >> code & 1], bool(can & 32)
 
 
 def check_step(step: str, library, head_dim: int, device: str) -> bool:
     """Prints the worst case of each result of a step; whether all pass."""
-    cases, dims, dtypes, has_backward = features(step)
+    cases, dims, dtypes, has_backward = workload(library, head_dim)
     good = True
     for dtype in dtypes:
         worst: dict[str, tuple[float, float, float, str]] = {}
-        for d in dims or [head_dim]:
+        for d in dims:
             for m, n, options in cases:
                 for name, ours, theirs in check(
                     library, m, n, d, dtype, device, options, has_backward and n > 0
@@ -130,7 +129,7 @@ def main() -> None:
     parser.add_argument("steps", nargs="*", default=ladder.steps())
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--emulate", action="store_true", help="run on a CPU, no GPU and no nvcc needed")
-    parser.add_argument("--arch", default="native", help="GPU to compile for, like sm_90")
+    parser.add_argument("--arch", default=ladder.gpu_arch(), help="GPU to compile for, like sm_90")
     words = parser.parse_args()
     device, arch = ("cpu", None) if words.emulate else ("cuda", words.arch)
     with ThreadPoolExecutor() as pool:  # the compilers run in their own processes

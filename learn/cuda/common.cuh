@@ -100,15 +100,26 @@ inline void check_cuda(cudaError_t status, const char* what) {
     fail("%s: %s", what, cudaGetErrorString(status));
 }
 
+struct DeviceLimits {
+    int multiprocessors;
+    size_t shared_bytes;  // of one block
+};
+
+inline DeviceLimits device_limits() {
+    int device = 0, multiprocessors = 0, shared_bytes = 0;
+    check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+    check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "multiprocessors");
+    check_cuda(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "shared memory limit");
+    return {multiprocessors, static_cast<size_t>(shared_bytes)};
+}
+
 // A block gets more than 48 KB of shared memory only when asked for by name, and never more than the GPU has.
 template <typename... Params>
 void launch(void (*kernel)(Params...), dim3 grid, int threads, size_t shared_bytes, void* stream, const Params&... args) {
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-    int device = 0, limit = 0;
-    check_cuda(cudaGetDevice(&device), "cudaGetDevice");
-    check_cuda(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "shared memory limit");
-    if (shared_bytes > static_cast<size_t>(limit))
-        fail("too much shared memory: the tiles need %zu bytes, a block of this GPU gets %d: make kBlockM or kBlockN smaller",
+    const size_t limit = device_limits().shared_bytes;
+    if (shared_bytes > limit)
+        fail("too much shared memory: the tiles need %zu bytes, a block of this GPU gets %zu: make kBlockM or kBlockN smaller",
              shared_bytes, limit);
     if (shared_bytes > 48 * 1024)
         check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -149,10 +160,16 @@ const char* report(const FlashArgs* a, const FlashStep& step, Run run) {
 
 using FlashRun = void (*)(const FlashArgs&);
 
+// Bits 0 to 2: the types; then causal, dropout, backward.
+inline unsigned features(const FlashStep& step, FlashRun backward) {
+    return step.dtypes | step.causal << 3 | step.dropout << 4 | (backward != nullptr) << 5;
+}
+
 // Ends every step: FLASH_STEP(description, forward, backward or nullptr).
 #define FLASH_STEP(step, forward, backward)                                                        \
     extern "C" const char* flash_idea() { return step.idea; }                                      \
     extern "C" int flash_head_dim() { return step.head_dim; }                                      \
+    extern "C" unsigned flash_can() { return features(step, backward); }                           \
     extern "C" const char* flash_forward(const FlashArgs* a) { return report(a, step, forward); }  \
     extern "C" const char* flash_backward(const FlashArgs* a) {                                    \
         const FlashRun run = backward;                                                             \

@@ -162,7 +162,11 @@ using std::max;
 using std::min;
 #define __expf expf
 
-inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>((static_cast<uint64_t>(a) * b) >> 32); }
+struct DeviceLimits {
+    int multiprocessors;
+    size_t shared_bytes;
+};
+inline DeviceLimits device_limits() { return {2, 227 * 1024}; }  // few, so that small problems fill it
 
 template <typename... Params>
 void launch(void (*kernel)(Params...), dim3 grid, int threads, size_t shared_bytes, void*, const Params&... args) {

@@ -26,7 +26,7 @@ constexpr int kNThreads = 128;      // threads per block
 constexpr int kThreadsPerRow = kNThreads / kBlockM;
 
 static_assert(kNThreads % kBlockM == 0, "kNThreads must be a multiple of kBlockM: whole threads share a row");
-static_assert(kHeadDim % kThreadsPerRow == 0, "kHeadDim must be a multiple of kNThreads / kBlockM");
+static_assert(kHeadDim % 8 == 0, "kHeadDim must be a multiple of 8");
 
 struct SharedMemory {
     half Q[kBlockM][kHeadDim];

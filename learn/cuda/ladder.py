@@ -55,8 +55,19 @@ def cuda_include() -> Path | None:
     return next((folder for folder in folders if (folder / "cuda_bf16.h").exists()), None)
 
 
+@cache
+def gpu_arch() -> str:
+    """The GPU of this machine like "sm_90"; sm_80 without one: that code runs on every newer GPU too."""
+    if smi := shutil.which("nvidia-smi"):
+        query = [smi, "--query-gpu=compute_cap", "--format=csv,noheader"]
+        words = subprocess.run(query, capture_output=True, text=True).stdout.split()
+        if words:
+            return "sm_" + words[0].replace(".", "")
+    return "sm_80"
+
+
 def compile_command(step: str, target: Path, head_dim: int, arch: str | None, *more: str) -> list[str]:
-    """The command that builds a step for a GPU (arch like "sm_90", "native" for the one here) or a CPU (None)."""
+    """The command that builds a step for a GPU (arch like "sm_90") or a CPU (None)."""
     common = [
         f"-DHEAD_DIM={head_dim}",
         "-std=c++17",
@@ -78,8 +89,8 @@ def compile_command(step: str, target: Path, head_dim: int, arch: str | None, *m
     return [os.environ.get("CXX", "g++"), *flags, "-isystem", str(include), "-x", "c++", *common]
 
 
-def build(step: str, head_dim: int = 64, arch: str | None = "native", folder: Path = HERE / "build") -> Path:
-    """Compiles a step unless it is newer than the sources; the library's path."""
+def build(step: str, head_dim: int = 64, arch: str | None = None, folder: Path = HERE / "build") -> Path:
+    """Compiles a step for `arch`, or for the emulator (None), unless it is newer than the sources; its path."""
     target = folder / (arch or "cpu") / str(head_dim) / f"{step}.so"
     sources = [HERE / f"{step}.cu", *HERE.glob("*.cuh"), HERE / "emulator.h"]
     if not target.exists() or target.stat().st_mtime < max(source.stat().st_mtime for source in sources):

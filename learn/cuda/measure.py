@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--seqlens", type=int, nargs="+", default=[512, 2048, 8192])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--least", type=float, default=0.02, help="seconds of one timing")
-    parser.add_argument("--arch", default="native")
+    parser.add_argument("--arch", default=ladder.gpu_arch())
     parser.add_argument("--output", type=Path)
     words = parser.parse_args()
     rows = []

@@ -20,14 +20,13 @@ struct Dropout {
           keep(static_cast<float>(1.0 - a.dropout_p)) {}
 
     // Bit c: whether key 8 * group + c of the row is kept.
-    __device__ __forceinline__ uint32_t bits(uint32_t head, uint32_t row, uint32_t group) const {
+    __host__ __device__ __forceinline__ uint32_t bits(uint32_t head, uint32_t row, uint32_t group) const {
         uint32_t c0 = offset, c1 = group, c2 = row, c3 = head, k0 = key0, k1 = key1;
 #pragma unroll
         for (int round = 0; round < 7; ++round) {
-            const uint32_t high0 = __umulhi(0xD2511F53u, c0), low0 = 0xD2511F53u * c0;
-            const uint32_t high1 = __umulhi(0xCD9E8D57u, c2), low1 = 0xCD9E8D57u * c2;
-            c0 = high1 ^ c1 ^ k0, c1 = low1;
-            c2 = high0 ^ c3 ^ k1, c3 = low0;
+            const uint64_t product0 = uint64_t{0xD2511F53u} * c0, product1 = uint64_t{0xCD9E8D57u} * c2;
+            c0 = static_cast<uint32_t>(product1 >> 32) ^ c1 ^ k0, c1 = static_cast<uint32_t>(product1);
+            c2 = static_cast<uint32_t>(product0 >> 32) ^ c3 ^ k1, c3 = static_cast<uint32_t>(product0);
             k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
         }
         const uint32_t words[4] = {c0, c1, c2, c3};

@@ -39,13 +39,16 @@ __global__ void __launch_bounds__(kNThreads) flash_attn_kernel(FlashArgs a, Drop
 
     const int row0 = threadIdx.x / kWarp * 16 * kTiles;
     half* my_rows = &smem.Q[row0 * kHeadDim];
-    const SharedRows<half, kHeadDim, kTiles> queries{my_rows};
+    Rows<half, kHeadDim, kTiles> queries;
     float o[kTiles][kHeadDim / 8][4] = {};
     Softmax<kTiles> softmax;
 
     load_rows<kBlockM, kHeadDim, kNThreads>(smem.Q, q, stride, first_row, a.seqlen_q);
     load_rows<kBlockN, kHeadDim, kNThreads>(smem.K, k, stride, 0, a.seqlen_k);
     cp_async_commit();
+    cp_async_wait<0>();
+    __syncthreads();
+    queries.load(my_rows);
     for (int first_key = 0; first_key < end_key; first_key += kBlockN) {
         cp_async_wait<0>();
         __syncthreads();  // K_j is here, and everybody has finished with V_{j-1}
@@ -67,8 +70,6 @@ __global__ void __launch_bounds__(kNThreads) flash_attn_kernel(FlashArgs a, Drop
         if (DROPOUT) dropout.apply(s, b * a.heads + h, first_row + row0, first_key);  // the sum stays that of all keys
         multiply_add<half, kHeadDim>(o, s, smem.V);
     }
-    cp_async_wait<0>();  // with no key at all nobody has waited for the copy of Q, and its memory is used again below
-    __syncthreads();
     softmax.finish(o, lse_of(a, b, h), first_row + row0, a.seqlen_q, a.scale, dropout.keep);
     store_rows<half, kHeadDim>(o, my_rows, out, stride, first_row + row0, a.seqlen_q);
 }

@@ -1,45 +1,56 @@
 // Tests and times one step, or several, given as shared libraries:
 //
-//   ./test_flash_attn build/native/64/flash_attn_minimal.so [more.so ...]      all: errors, then a timing table
-//   ./test_flash_attn --check library.so                                      errors only (for compute-sanitizer)
-//   ./test_flash_attn --once library.so                                       one launch, B=2 S=4096 H=16 (for ncu, nsys)
+//   ./test_flash_attn [library.so ...]            errors, then a timing table; without names: every step that was built
+//   ./test_flash_attn --check [library.so ...]    errors only (for compute-sanitizer)
+//   ./test_flash_attn --once [library.so ...]     one launch of B=2 S=4096 H=16 (for ncu and nsys)
 //
 // The reference of the errors is float64 on the CPU. The reference of the times is standard attention on the GPU in the
 // plainest way: three kernels that store the score matrix.
 #include <dlfcn.h>
+#include <glob.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
+#include <map>
 #include <random>
 #include <vector>
 
-#include "common.cuh"
+#include "philox.cuh"
+
+#ifndef DEFAULT_LIBRARIES
+#define DEFAULT_LIBRARIES "build/*/*"  // the Makefile and CMake name the folder they build into
+#endif
 
 struct Library {
     std::string path;
     const char* (*idea)();
     int (*head_dim)();
+    unsigned (*can)();
     const char* (*forward)(const FlashArgs*);
+    const char* (*backward)(const FlashArgs*);
 };
 
 static Library open_library(const char* path) {
     void* handle = dlopen(path[0] == '/' ? path : (std::string("./") + path).c_str(), RTLD_NOW | RTLD_LOCAL);
     if (!handle) fail("%s", dlerror());
-    Library lib{path, nullptr, nullptr, nullptr};
+    Library lib{path, nullptr, nullptr, nullptr, nullptr, nullptr};
     const auto find = [&](auto& function, const char* name) {
         function = reinterpret_cast<std::decay_t<decltype(function)>>(dlsym(handle, name));
         if (!function) fail("%s has no function %s: it is not a step of this ladder", path, name);
     };
     find(lib.idea, "flash_idea");
     find(lib.head_dim, "flash_head_dim");
+    find(lib.can, "flash_can");
     find(lib.forward, "flash_forward");
+    find(lib.backward, "flash_backward");
     return lib;
 }
 
 // One problem: random inputs on both sides.
 struct Problem {
     int batch, heads, m, n, d;
-    std::vector<half> q, k, v;
+    std::vector<half> q, k, v, dout;
     FlashArgs args{};
     std::vector<void*> owned;
 
@@ -51,7 +62,11 @@ struct Problem {
             for (auto& e : x) e = __float2half(normal(generator));
             return upload(x.data(), x.size() * sizeof(half));
         };
-        args.q = fill(q, m), args.k = fill(k, n), args.v = fill(v, n);
+        args.q = fill(q, m), args.k = fill(k, n), args.v = fill(v, n), args.dout = fill(dout, m);
+        args.dq = upload(nullptr, q.size() * sizeof(half));
+        args.dk = upload(nullptr, k.size() * sizeof(half));
+        args.dv = upload(nullptr, k.size() * sizeof(half));
+        args.delta = static_cast<float*>(upload(nullptr, sizeof(float) * batch * heads * m));
         args.out = upload(nullptr, q.size() * sizeof(half));
         args.lse = static_cast<float*>(upload(nullptr, sizeof(float) * batch * heads * m));
         args.batch = batch, args.heads = heads, args.seqlen_q = m, args.seqlen_k = n, args.head_dim = d;
@@ -75,58 +90,123 @@ struct Problem {
     }
 };
 
-// One row of attention in float64, and of the same sum over |V|, which bounds the effect of rounding P.
-static void exact_row(const Problem& p, int b, int h, int row, std::vector<double>& out, std::vector<double>& size, double& lse) {
-    const auto at = [&](const std::vector<half>& x, int rows, int r, int i) {
-        return static_cast<double>(__half2float(x[((static_cast<size_t>(b) * rows + r) * p.heads + h) * p.d + i]));
-    };
-    std::vector<double> s(p.n);
-    double top = -INFINITY, sum = 0.0;
-    for (int j = 0; j < p.n; ++j) {
-        for (int i = 0; i < p.d; ++i) s[j] += at(p.q, p.m, row, i) * at(p.k, p.n, j, i);
-        s[j] *= p.args.scale;
-        top = std::max(top, s[j]);
-    }
-    for (auto& x : s) sum += x = std::exp(x - top);
-    out.assign(p.d, 0.0);
-    size.assign(p.d, 0.0);
-    for (int j = 0; j < p.n; ++j)
-        for (int i = 0; i < p.d; ++i) {
-            out[i] += s[j] / sum * at(p.v, p.n, j, i);
-            size[i] += s[j] / sum * std::abs(at(p.v, p.n, j, i));
-        }
-    lse = top + std::log(sum);
+static void call(const char* (*function)(const FlashArgs*), const FlashArgs& args) {
+    if (const char* message = function(&args)) fail("%s", message);
+    check_cuda(cudaDeviceSynchronize(), "run");
 }
 
-// Largest errors of out and lse; every row of small problems, every 97th of large ones. NaN is an error.
-static bool check_problem(const Library& lib, Problem& p) {
-    if (const char* message = lib.forward(&p.args)) fail("%s", message);
-    check_cuda(cudaDeviceSynchronize(), "run");
-    std::vector<half> out(p.q.size());
-    std::vector<float> lse(static_cast<size_t>(p.batch) * p.heads * p.m);
-    check_cuda(cudaMemcpy(out.data(), p.args.out, out.size() * sizeof(half), cudaMemcpyDeviceToHost), "copy out");
-    check_cuda(cudaMemcpy(lse.data(), p.args.lse, lse.size() * sizeof(float), cudaMemcpyDeviceToHost), "copy lse");
-    double out_error = 0.0, lse_error = 0.0;
-    bool all_within = true;
-    const int total = p.batch * p.heads * p.m, every = total > 2000 ? 97 : 1;
-    std::vector<double> want, size;
-    for (int i = 0; i < total; i += every) {
-        const int b = i / (p.heads * p.m), h = i / p.m % p.heads, row = i % p.m;
-        double want_lse;
-        exact_row(p, b, h, row, want, size, want_lse);
-        lse_error = std::max(lse_error, std::abs(lse[i] - want_lse));
-        all_within &= std::abs(lse[i] - want_lse) < 1e-5;
-        for (int c = 0; c < p.d; ++c) {
-            const double got = __half2float(out[((static_cast<size_t>(b) * p.m + row) * p.heads + h) * p.d + c]);
-            const double error = std::abs(got - want[c]);
-            out_error = std::max(out_error, error);
-            // P and the result are each rounded to fp16, by at most 2^-11 of their size. NaN fails every comparison.
-            all_within &= error < (size[c] + std::abs(want[c])) / 2048 + 1e-6;
+template <typename T>
+static std::vector<T> download(const void* from, size_t count) {
+    std::vector<T> x(count);
+    check_cuda(cudaMemcpy(x.data(), from, count * sizeof(T), cudaMemcpyDeviceToHost), "copy from the GPU");
+    return x;
+}
+
+// Attention of one head in float64, with its gradients. `size` holds the same sums over absolute values, which bound what
+// rounding P, dS and the result to fp16 can change: by 2^-11 of the size each.
+struct Exact {
+    std::vector<double> lse, out, out_size, dq, dq_size, dk, dk_size, dv, dv_size;
+
+    Exact(const Problem& p, int b, int h) {
+        const FlashArgs& a = p.args;
+        const Dropout dropout(a);
+        const auto at = [&](const std::vector<half>& x, int rows, int r, int i) {
+            return static_cast<double>(__half2float(x[((static_cast<size_t>(b) * rows + r) * p.heads + h) * p.d + i]));
+        };
+        for (auto* x : {&out, &out_size, &dq, &dq_size}) x->assign(p.m * p.d, 0.0);
+        for (auto* x : {&dk, &dk_size, &dv, &dv_size}) x->assign(p.n * p.d, 0.0);
+        const auto add = [](std::vector<double>& x, std::vector<double>& size, int i, double value, double magnitude) {
+            x[i] += value, size[i] += std::abs(magnitude);
+        };
+        std::vector<double> s(p.n), dp(p.n);
+        for (int row = 0; row < p.m; ++row) {
+            const int end = a.causal ? std::clamp(row + 1 + p.n - p.m, 0, p.n) : p.n;
+            double top = -INFINITY, sum = 0.0, delta = 0.0;
+            for (int j = 0; j < end; ++j) {
+                s[j] = dp[j] = 0.0;
+                for (int i = 0; i < p.d; ++i) {
+                    s[j] += at(p.q, p.m, row, i) * at(p.k, p.n, j, i);
+                    dp[j] += at(p.dout, p.m, row, i) * at(p.v, p.n, j, i);
+                }
+                s[j] *= a.scale;
+                top = std::max(top, s[j]);
+            }
+            for (int j = 0; j < end; ++j) sum += s[j] = std::exp(s[j] - top);
+            lse.push_back(end ? top + std::log(sum) : -INFINITY);
+            for (int j = 0; j < end; ++j) {
+                const bool kept = dropout.bits(b * p.heads + h, row, j / 8) >> j % 8 & 1;
+                s[j] /= sum;
+                dp[j] *= kept ? 1 / (1 - a.dropout_p) : 0.0;
+                delta += s[j] * dp[j];
+                const double weight = kept ? s[j] / (1 - a.dropout_p) : 0.0;
+                for (int i = 0; i < p.d; ++i) {
+                    const double value = at(p.v, p.n, j, i), dout = at(p.dout, p.m, row, i);
+                    add(out, out_size, row * p.d + i, weight * value, weight * value);
+                    add(dv, dv_size, j * p.d + i, weight * dout, weight * dout);
+                }
+            }
+            for (int j = 0; j < end; ++j)
+                for (int i = 0; i < p.d; ++i) {
+                    const double ds = s[j] * (dp[j] - delta) * a.scale, size = s[j] * (std::abs(dp[j]) + std::abs(delta)) * a.scale;
+                    add(dq, dq_size, row * p.d + i, ds * at(p.k, p.n, j, i), size * at(p.k, p.n, j, i));
+                    add(dk, dk_size, j * p.d + i, ds * at(p.q, p.m, row, i), size * at(p.q, p.m, row, i));
+                }
         }
     }
-    printf("  B=%d H=%d M=%-4d N=%-4d  out error %.1e  lse error %.1e  %s\n", p.batch, p.heads, p.m, p.n, out_error, lse_error,
-           all_within ? "ok" : "WRONG");
-    return all_within;
+};
+
+// Largest error of one head of a result; NaN, and whatever exceeds the bound, makes `good` false.
+static double compare(const Problem& p, const std::vector<half>& got, int b, int h, const std::vector<double>& want,
+                      const std::vector<double>& size, bool& good) {
+    double worst = 0.0;
+    const int rows = want.size() / p.d;
+    for (int i = 0; i < rows * p.d; ++i) {
+        const double x = __half2float(got[((static_cast<size_t>(b) * rows + i / p.d) * p.heads + h) * p.d + i % p.d]);
+        const double error = std::abs(x - want[i]);
+        worst = std::max(worst, error);
+        if (!(error < (size[i] + std::abs(want[i])) / 2048 + 1e-6)) good = false;
+    }
+    return worst;
+}
+
+static bool check_problem(const Library& lib, int batch, int heads, int m, int n, int d, bool causal, double dropout_p) {
+    Problem p(batch, heads, m, n, d);
+    p.args.causal = causal;
+    p.args.dropout_p = dropout_p;
+    p.args.seed = 0x123456789abcdef, p.args.offset = 42;
+    call(lib.forward, p.args);
+    const bool backward = lib.can() & 32;
+    if (backward) call(lib.backward, p.args);
+    const auto out = download<half>(p.args.out, p.q.size());
+    const auto lse = download<float>(p.args.lse, static_cast<size_t>(batch) * heads * m);
+    std::vector<half> dq, dk, dv;
+    if (backward) {
+        dq = download<half>(p.args.dq, p.q.size());
+        dk = download<half>(p.args.dk, p.k.size());
+        dv = download<half>(p.args.dv, p.v.size());
+    }
+    double errors[5] = {};
+    bool good = true;
+    for (int b = 0; b < batch; ++b)
+        for (int h = 0; h < heads; ++h) {
+            const Exact exact(p, b, h);
+            errors[0] = std::max(errors[0], compare(p, out, b, h, exact.out, exact.out_size, good));
+            for (int i = 0; i < m; ++i) {
+                const float x = lse[(b * heads + h) * m + i];
+                if (x == exact.lse[i]) continue;  // both -inf
+                errors[1] = std::max(errors[1], std::abs(x - exact.lse[i]));
+                if (!(std::abs(x - exact.lse[i]) < 1e-5)) good = false;
+            }
+            if (!backward) continue;
+            errors[2] = std::max(errors[2], compare(p, dq, b, h, exact.dq, exact.dq_size, good));
+            errors[3] = std::max(errors[3], compare(p, dk, b, h, exact.dk, exact.dk_size, good));
+            errors[4] = std::max(errors[4], compare(p, dv, b, h, exact.dv, exact.dv_size, good));
+        }
+    printf("  B=%d H=%d M=%-4d N=%-4d%s%s  errors: out %.1e  lse %.1e", batch, heads, m, n, causal ? " causal" : "",
+           dropout_p > 0 ? " dropout" : "", errors[0], errors[1]);
+    if (backward) printf("  dq %.1e  dk %.1e  dv %.1e", errors[2], errors[3], errors[4]);
+    printf("  %s\n", good ? "ok" : "WRONG");
+    return good;
 }
 
 __global__ void scores_kernel(FlashArgs a, float* s) {
@@ -165,39 +245,45 @@ static void standard_attention(const FlashArgs& a, float* scores) {
     check_cuda(cudaGetLastError(), "standard attention");
 }
 
-// Median milliseconds of one call.
+// Median milliseconds of one call, of 3 to 20.
 template <typename Run>
 static float time_ms(Run run) {
     cudaEvent_t begin, end;
     check_cuda(cudaEventCreate(&begin), "cudaEventCreate");
     check_cuda(cudaEventCreate(&end), "cudaEventCreate");
-    std::vector<float> times;
-    for (int i = 0; i < 25; ++i) {
+    const auto once = [&] {
+        float ms;
         check_cuda(cudaEventRecord(begin), "cudaEventRecord");
         run();
         check_cuda(cudaEventRecord(end), "cudaEventRecord");
         check_cuda(cudaEventSynchronize(end), "run");
-        float ms;
         check_cuda(cudaEventElapsedTime(&ms, begin, end), "cudaEventElapsedTime");
-        if (i >= 5) times.push_back(ms);  // the first ones warm up
-    }
+        return ms;
+    };
+    once();  // loads the kernel
+    std::vector<float> times(std::clamp(static_cast<int>(100 / once()), 3, 20));
+    for (auto& ms : times) ms = once();
     cudaEventDestroy(begin), cudaEventDestroy(end);
     std::nth_element(times.begin(), times.begin() + times.size() / 2, times.end());
     return times[times.size() / 2];
 }
 
 static void timing_table(const Library& lib) {
-    const int shapes[][3] = {{128, 1, 1}, {512, 1, 1}, {1024, 1, 1}, {2048, 1, 1}, {512, 2, 8}, {4096, 2, 16}};
+    static std::map<std::array<int, 4>, float> standard;  // the reference is the same for every step
+    const int d = lib.head_dim() ? lib.head_dim() : 64;
     printf("| Seq Len | Batch | Heads | Flash (ms) | Ref (ms) | Speedup | TFLOP/s |\n|---|---|---|---|---|---|---|\n");
-    for (const auto& [s, batch, heads] : shapes) {
-        Problem p(batch, heads, s, s, lib.head_dim() ? lib.head_dim() : 64);
-        float* scores = static_cast<float*>(p.upload(nullptr, sizeof(float) * batch * heads * s * s));
+    for (const auto& [s, batch, heads] : {std::array{128, 1, 1}, {512, 1, 1}, {1024, 1, 1}, {2048, 1, 1}, {512, 2, 8}, {4096, 2, 16}}) {
+        Problem p(batch, heads, s, s, d);
+        float& reference = standard[{s, batch, heads, d}];
+        if (reference == 0.0f) {
+            float* scores = static_cast<float*>(p.upload(nullptr, sizeof(float) * batch * heads * s * s));
+            reference = time_ms([&] { standard_attention(p.args, scores); });
+        }
         const float flash = time_ms([&] {
             if (const char* message = lib.forward(&p.args)) fail("%s", message);
         });
-        const float standard = time_ms([&] { standard_attention(p.args, scores); });
-        printf("| %d | %d | %d | %.4f | %.4f | %.1fx | %.1f |\n", s, batch, heads, flash, standard, standard / flash,
-               4.0 * batch * heads * s * s * p.d / flash / 1e9);
+        printf("| %d | %d | %d | %.4f | %.4f | %.1fx | %.1f |\n", s, batch, heads, flash, reference, reference / flash,
+               4.0 * batch * heads * s * s * d / flash / 1e9);
     }
 }
 
@@ -207,33 +293,40 @@ static bool run_library(const char* path, const char* mode) {
     printf("%s: %s, head_dim %d\n", path, lib.idea(), d);
     if (!strcmp(mode, "--once")) {
         Problem p(2, 16, 4096, 4096, d);
-        if (const char* message = lib.forward(&p.args)) fail("%s", message);
-        check_cuda(cudaDeviceSynchronize(), "run");
+        call(lib.forward, p.args);
         return true;
     }
     bool good = true;
-    const int shapes[][4] = {{2, 2, 128, 128}, {1, 2, 100, 150}, {1, 1, 150, 70}, {1, 3, 1, 65}};
-    for (const auto& [b, h, m, n] : shapes) {
-        Problem p(b, h, m, n, d);
-        good &= check_problem(lib, p);
+    for (const auto& [b, h, m, n] : {std::array{2, 2, 128, 128}, {1, 2, 100, 150}, {1, 1, 150, 70}, {1, 3, 1, 65}}) {
+        good &= check_problem(lib, b, h, m, n, d, false, 0.0);
+        if (lib.can() & 8) good &= check_problem(lib, b, h, m, n, d, true, 0.0);
+        if (lib.can() & 16) good &= check_problem(lib, b, h, m, n, d, true, 0.3);
     }
     if (strcmp(mode, "--check")) timing_table(lib);
     return good;
 }
 
 int main(int count, char** words) {
-    const char* mode = count > 1 && !strncmp(words[1], "--", 2) ? words[1] : "";
-    const int first = *mode ? 2 : 1;
-    if (first >= count || (*mode && strcmp(mode, "--check") && strcmp(mode, "--once"))) {
-        fprintf(stderr, "usage: %s [--check | --once] library.so ...\n", words[0]);
+    const bool has_mode = count > 1 && !strncmp(words[1], "--", 2);
+    const char* mode = has_mode ? words[1] : "";
+    if (has_mode && strcmp(mode, "--check") && strcmp(mode, "--once")) {
+        fprintf(stderr, "usage: %s [--check | --once] [library.so ...]\n", words[0]);
         return 2;
     }
     bool good = true;
     try {
         int devices = 0;
         if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0)
-            fail("no GPU here: the libraries can be built, and the emulator can run them on a CPU (./build_and_run.sh)");
-        for (int i = first; i < count; ++i) good &= run_library(words[i], mode);
+            fail("no GPU here: the libraries can be built, and the emulator can run them on a CPU (make emulate)");
+        std::vector<std::string> paths(words + 1 + has_mode, words + count);
+        if (paths.empty()) {
+            glob_t found;
+            if (glob(DEFAULT_LIBRARIES "/*.so", 0, nullptr, &found))
+                fail("no library in %s: run make here first, or name the libraries", DEFAULT_LIBRARIES);
+            paths.assign(found.gl_pathv, found.gl_pathv + found.gl_pathc);
+            globfree(&found);
+        }
+        for (const auto& path : paths) good &= run_library(path.c_str(), mode);
     } catch (const std::exception& e) {
         fprintf(stderr, "error: %s\n", e.what());
         return 1;

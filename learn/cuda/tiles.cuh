@@ -25,11 +25,19 @@ template <int ROWS, int D, int THREADS, typename T>
 __device__ __forceinline__ void load_rows(T* tile, const T* head, size_t stride, int first, int seqlen, int head_dim = D) {
     constexpr int kChunks = D / 8;
     static_assert(ROWS * kChunks % THREADS == 0, "a tile must be a whole number of 16-byte chunks for each thread");
+    const int row0 = threadIdx.x / kChunks, chunk0 = threadIdx.x % kChunks;
+    const T* from = head + (first + row0) * stride + chunk0 * 8;
 UNROLL
     for (int i = 0; i < ROWS * kChunks / THREADS; ++i) {
-        const int index = threadIdx.x + i * THREADS, row = index / kChunks, chunk = index % kChunks;
-        const bool valid = first + row < seqlen && chunk * 8 < head_dim;
-        cp_async_16(&tile[swizzled<D>(row, chunk)], valid ? &head[(first + row) * stride + chunk * 8] : head, valid);
+        if constexpr (THREADS % kChunks == 0) {  // the usual case: every THREADS / kChunks-th row, always the same chunk
+            const int row = row0 + i * (THREADS / kChunks);
+            cp_async_16(&tile[swizzled<D>(row, chunk0)], from, first + row < seqlen && chunk0 * 8 < head_dim);
+            from += THREADS / kChunks * stride;
+        } else {
+            const int index = threadIdx.x + i * THREADS, row = index / kChunks, chunk = index % kChunks;
+            cp_async_16(&tile[swizzled<D>(row, chunk)], &head[(first + row) * stride + chunk * 8],
+                        first + row < seqlen && chunk * 8 < head_dim);
+        }
     }
 }
 
@@ -37,6 +45,7 @@ UNROLL
 template <typename T, int D, int MT>
 struct SharedRows {
     const T* tile;  // first row of this warp
+    __device__ __forceinline__ void load(const T* rows) { tile = rows; }
     __device__ __forceinline__ void get(uint32_t (&a)[MT][4], int d) const {
 UNROLL
         for (int i = 0; i < MT; ++i) ldmatrix_x4(a[i], &tile[swizzled<D>(i * 16 + lane_id() % 16, d / 8 + lane_id() / 16)]);
@@ -59,9 +68,13 @@ UNROLL
     }
 };
 
+// Whichever fits: up to 64 columns there are registers left.
+template <typename T, int D, int MT>
+using Rows = std::conditional_t<D <= 64, RegisterRows<T, D, MT>, SharedRows<T, D, MT>>;
+
 // c = A B^T: A gives rows, B is a tile of 8 NT rows.
-template <typename T, int D, int MT, int NT, typename Rows>
-__device__ __forceinline__ void multiply_transposed(float (&c)[MT][NT][4], const Rows& left, const T* tile) {
+template <typename T, int D, int MT, int NT, typename Left>
+__device__ __forceinline__ void multiply_transposed(float (&c)[MT][NT][4], const Left& left, const T* tile) {
     const int lane = lane_id();
 UNROLL
     for (int i = 0; i < MT; ++i)
