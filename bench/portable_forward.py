@@ -1,4 +1,4 @@
-"""The portable forward against FlashAttention-2, cuDNN and FlexAttention of torch, and what features cost.
+"""The portable forward against FlashAttention-2, cuDNN and FlexAttention of torch.
 
     python bench/portable_forward.py
 
@@ -54,29 +54,6 @@ def row(p: Problem, flex) -> dict[str, float]:
     return found
 
 
-def features() -> None:
-    """Time of each feature over that of the same call without it, D=128, S=16k."""
-    base = problem(128, TOKENS, False)
-
-    def ms(p: Problem) -> float:
-        ops = operands(p)
-        return bench(lambda: launch.forward(p, ops))
-
-    full, causal = ms(base), ms(base._replace(right=0))
-    changes = dict(
-        alibi=dict(alibi=True), softcap=dict(softcap=30.0), dropout=dict(dropout_p=0.1), sink=dict(sink=True)
-    )
-    for name, change in changes.items():
-        print(f"{name}: {ms(base._replace(**change)) / full:.3f} of plain")
-    pairs = (1024 * TOKENS - 1024 * 512) / (TOKENS * TOKENS / 2)
-    print(
-        f"window 1024: {ms(base._replace(left=1023, right=0)) / causal / pairs:.3f} of the visible pairs' share"
-    )
-    for S in (1024, 2048, TOKENS):
-        p = problem(128, S, True)
-        print(f"packed {S}: {ms(p._replace(varlen_q=True, varlen_k=True)) / ms(p):.3f} of dense")
-
-
 def main() -> None:
     flex = torch.compile(flex_attention)
     for D in (64, 128, 256):
@@ -87,7 +64,6 @@ def main() -> None:
                 speeds = " ".join(f"{name} {x:.0f}" for name, x in found.items())
                 print(D, "causal" if causal else "full", S, speeds, f"x fa2 {found['triton'] / found['fa2']:.2f}",
                       tuple(table.forward_config(p)), flush=True)  # fmt: skip
-    features()
 
 
 if __name__ == "__main__":
