@@ -136,6 +136,17 @@ def test_build_and_run_without_nvcc_says_what_is_left(tmp_path):
     assert "Missing: nvcc" in done.stdout and "flash-attn learn" in done.stdout and "No torch" in done.stdout
 
 
+def test_learn_lists_the_ladder():
+    typer, testing = pytest.importorskip("typer"), pytest.importorskip("typer.testing")
+    from flash_attn.cli import learn
+
+    app = typer.Typer()
+    learn.register(app)
+    app.command("other")(lambda: None)
+    listed = testing.CliRunner().invoke(app, ["learn"]).output
+    assert all(ladder.first_line(step) in listed for step in ladder.steps())
+
+
 def nvcc_or_skip() -> str:
     nvcc = ladder.find_nvcc()
     if nvcc is None:

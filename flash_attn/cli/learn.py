@@ -27,9 +27,14 @@ def lessons() -> list[Path]:
 
 
 def title(path: Path) -> str:
-    """The first line of a lesson's docstring."""
+    """The first line of a lesson's docstring, or of a CUDA step's comment."""
     with open(path, encoding="utf-8") as file:
-        return file.readline().strip().strip('"')
+        return file.readline().removeprefix("//").strip().strip('"')
+
+
+def cuda_steps() -> list[Path]:
+    folder = ROOT / "learn" / "cuda"
+    return [folder / "flash_attn_minimal.cu", *sorted(folder.glob("step_*.cu"))]
 
 
 def choose(number: int) -> Path:
@@ -54,6 +59,9 @@ def register(app: typer.Typer) -> None:
     def overview(context: typer.Context) -> None:
         if context.invoked_subcommand is None:
             for path in lessons():
+                typer.echo(title(path))
+            typer.echo("\nThe kernel in CUDA C++, with or without a GPU: learn/cuda/build_and_run.sh")
+            for path in cuda_steps():
                 typer.echo(title(path))
             typer.echo(
                 "\nEach lesson is a file in learn/ that is made to be read: its text, its code, and what it prints."
