@@ -1,4 +1,4 @@
-// Flash attention in one page: tiles, shared memory, online softmax, one kernel. Start here.
+// Step 1: flash attention in one page: tiles, shared memory, online softmax, one kernel. Start here.
 //
 //   O = softmax(scale * Q K^T) V,   without ever storing the score matrix in device memory
 //
