@@ -24,4 +24,6 @@ def on_files(files, config):
             if "://" not in target and linked.is_file() and linked.is_relative_to(ROOT):
                 wanted.add(linked)
     names = sorted(path.relative_to(ROOT).as_posix() for path in wanted)
-    return Files([File(name, str(ROOT), config.site_dir, config.use_directory_urls) for name in names])
+    own = [File(name, str(ROOT), config.site_dir, config.use_directory_urls) for name in names]
+    theme = [file for file in files if file.src_dir != config.docs_dir]
+    return Files(own + theme)
