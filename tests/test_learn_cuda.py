@@ -23,7 +23,9 @@ def emulated(tmp_path_factory):
         pytest.skip("no C++ compiler for the emulator")
     if ladder.cuda_include() is None:
         pytest.skip("no cuda_fp16.h: neither the CUDA toolkit nor triton is here")
-    folder = tmp_path_factory.mktemp("emulated")
+    # with pytest-xdist the parent of a worker's folder is common to all, so that each step is built once
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "emulated"
     return lambda step, head_dim=64: ladder.load(ladder.build(step, head_dim, None, folder))
 
 

@@ -84,7 +84,7 @@ def compile_command(step: str, target: Path, head_dim: int, arch: str | None, *m
         raise FileNotFoundError(
             "the emulator needs cuda_fp16.h: install the CUDA toolkit, or triton, which carries it"
         )
-    flags = ["-O2", "-fPIC", "-fno-strict-aliasing", "-DFLASH_EMULATE", "-Wall", "-Wextra"]
+    flags = ["-O1", "-fPIC", "-fno-strict-aliasing", "-DFLASH_EMULATE", "-Wall", "-Wextra"]
     flags += ["-Wno-unknown-pragmas", "-Wl,-z,defs"]
     return [os.environ.get("CXX", "g++"), *flags, "-isystem", str(include), "-x", "c++", *common]
 
