@@ -214,6 +214,8 @@ def backward(
         for x in (dq, dk, dv):
             x.zero_()
         return Gradients(dq, dk, dv, None if ops.sink is None else torch.zeros_like(ops.sink))
+    from flash_attn.utils import replay
+
     p = plan(problem)
     T, where = p.T, ops.q.device
     tiles = query_tiles(problem, ops.q.shape[0], T.BLOCK_M)
@@ -224,11 +226,16 @@ def backward(
         torch.empty(problem.heads * tiles * 2, dtype=torch.int32, device=where) if T.ORDERED else None,
         tiles,
     )
-    dsink_parts = _before(problem, p, ops, out, lse, dout, dlse, work)
-    _main(problem, p, ops, for_tma(dout), work, dk, dv)
-    _after(problem, p, ops, work, dq)
-    if problem.varlen_q or problem.varlen_k:
-        _zero_rest(problem, ops, dq, dk, dv)
+    tensors = (*ops[:7], out, dout, lse, dlse, *work[:3], dq, dk, dv)
+    key = ("hopper", problem, where.index, id(p), ops.q.shape, ops.k.shape, replay.layout(tensors))
+    if replay.again(key, tensors):
+        return Gradients(dq, dk, dv)
+    with replay.record(key, tensors, p):
+        dsink_parts = _before(problem, p, ops, out, lse, dout, dlse, work)
+        _main(problem, p, ops, for_tma(dout), work, dk, dv)
+        _after(problem, p, ops, work, dq)
+        if problem.varlen_q or problem.varlen_k:
+            _zero_rest(problem, ops, dq, dk, dv)
     dsink = None if dsink_parts is None else dsink_parts.sum(1).to(ops.sink.dtype)  # type: ignore[union-attr]
     return Gradients(dq, dk, dv, dsink)
 

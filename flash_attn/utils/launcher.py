@@ -15,6 +15,7 @@ Under TRITON_INTERPRET=1, and on a Triton whose launch protocol is not known her
 
 import threading
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +37,9 @@ _TYPES = {
     torch.float8_e4m3fn: "fp8e4nv", torch.float8_e5m2: "fp8e5", torch.int8: "i8", torch.uint8: "u8",
     torch.int16: "i16", torch.int32: "i32", torch.int64: "i64", torch.bool: "i1",
 }  # fmt: skip
+
+# Where `utils/replay.py` collects (binary, grid, arguments) of each launch, if it does; no binary: launched by Triton.
+recording: ContextVar[list[tuple[Any, tuple, tuple]] | None] = ContextVar("launches", default=None)
 
 _cache: dict[Any, "Binary"] = {}
 _lock = threading.Lock()
@@ -121,6 +125,9 @@ class Binary(NamedTuple):
         `args` are the run-time arguments and then the constants, in the kernel's order; a tensor may be given as its
         address, which saves the driver a call.
         """
+        collected = recording.get()
+        if collected is not None:
+            collected.append((self, grid, args))
         stream = self.current_stream(self.device)
         runtime = triton.knobs.runtime
         enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
@@ -157,6 +164,9 @@ def launch(
     if 0 in grid:
         return
     if not direct(kernel):
+        collected = recording.get()
+        if collected is not None:
+            collected.append((None, grid, args))
         kernel[grid](*args, **constants, num_warps=num_warps, num_stages=num_stages, **options)
         return
     binary = prepare(kernel, args, constants, num_warps, num_stages, problem, **options)
