@@ -74,7 +74,27 @@ class Launches(NamedTuple):
     ]  # roles that one tensor had (q and k, both cu_seqlens), and one must have again
     keep: Any  # what the key refers to by id
 
-    def run(self, addresses: list[int]) -> None:
+    def at(self, tensors: Sequence[Tensor | None]) -> bool:
+        """Repeat the launches on `tensors`, which have the roles and strides they had then; False: launch as usual.
+
+        That is when a tensor is not aligned to 16 bytes, when one tensor had two roles and two have them now, or when
+        a profiler listens to launches.
+        """
+        runtime = triton.knobs.runtime
+        enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
+            return False
+        addresses, bits = [], 0
+        for x in tensors:
+            address = 0 if x is None else x.data_ptr()
+            bits |= address
+            addresses.append(address)
+        if bits % 16 or any([tensors[i] is not tensors[j] for i, j in self.same]):
+            return False
+        self._run(addresses)
+        return True
+
+    def _run(self, addresses: list[int]) -> None:
         stream = self.current_stream(self.device)
         for launch, grid, fixed, given, pointers, tuples, descriptors in self.steps:
             args = given.copy()
@@ -92,27 +112,9 @@ class Launches(NamedTuple):
 
 
 def again(key: Hashable, tensors: Sequence[Tensor | None]) -> bool:
-    """Repeat the launches kept for `key` on `tensors`, which have the roles and strides they had then.
-
-    False when there are none, when a tensor is not aligned to 16 bytes, when one tensor had two roles and two have
-    them now, or when a profiler listens to launches.
-    """
+    """Repeat the launches kept for `key`; False when there are none, or `Launches.at` refuses."""
     found = _kept.get(key)
-    if found is None:
-        return False
-    runtime = triton.knobs.runtime
-    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
-    if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
-        return False
-    addresses, bits = [], 0
-    for x in tensors:
-        address = 0 if x is None else x.data_ptr()
-        bits |= address
-        addresses.append(address)
-    if bits % 16 or any(tensors[i] is not tensors[j] for i, j in found.same):
-        return False
-    found.run(addresses)
-    return True
+    return found is not None and found.at(tensors)
 
 
 @contextmanager
@@ -129,18 +131,35 @@ def record(key: Hashable, tensors: Sequence[Tensor | None], keep: Any = None) ->
         _seen.add(key)
         yield
         return
+    with watch(tensors, keep) as recording:
+        yield
+    if not recording.unaligned:
+        if len(_kept) >= MOST:
+            _kept.clear()
+        _kept[key] = recording.launches
+
+
+class Recording:
+    """What `watch` saw, once its block has ended."""
+
+    launches: Launches | None = None  # None: they cannot be repeated
+    unaligned = False  # because of these addresses
+
+
+@contextmanager
+def watch(tensors: Sequence[Tensor | None], keep: Any = None) -> Iterator[Recording]:
+    """Run the launches inside the block, and make of them what repeats them; arguments as of `record`."""
+    result = Recording()
     calls: list[tuple[Any, tuple, tuple]] = []
     token = launcher.recording.set(calls)
     try:
-        with _Watch() as watch:
-            yield
+        with _Watch() as seen:
+            yield result
     finally:
         launcher.recording.reset(token)
-    if any(x is not None and x.data_ptr() % 16 for x in tensors):
-        return
-    if len(_kept) >= MOST:
-        _kept.clear()
-    _kept[key] = None if watch.other else _launches(calls, tensors, keep)
+    result.unaligned = any(x is not None and x.data_ptr() % 16 for x in tensors)
+    if not seen.other and not result.unaligned:
+        result.launches = _launches(calls, tensors, keep)
 
 
 class _Watch(TorchDispatchMode):
