@@ -104,7 +104,7 @@ def window_of(cell, N):
     return tuple(torch.randint(0, N, (2,)).tolist()) if cell["local"] else (-1, -1)
 
 
-@pytest.mark.parametrize("cell", sample(48, **GRID, pack=("no", "kv", "qkv", "varlen")), ids=ids)
+@pytest.mark.parametrize("cell", sample(32, **GRID, pack=("no", "kv", "qkv", "varlen")), ids=ids)
 def test_out_and_gradients(cell):
     torch.manual_seed(0)
     B, H, d, p, pack = 4, 6, cell["d"], cell["p"], cell["pack"]
@@ -168,8 +168,7 @@ def test_out_and_gradients(cell):
 
 
 @pytest.mark.parametrize("p", [0.0, 0.17])
-@pytest.mark.parametrize("d", [64, 96, 128, 256])
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("d, causal", [(64, True), (96, False), (128, True), (256, False)])
 def test_race_condition(d, causal, p):
     """250 runs of 60 short batches: out, lse, dk and dv are bitwise those of the first."""
     q, k, v = (
@@ -189,7 +188,7 @@ def test_race_condition(d, causal, p):
 
 
 @pytest.mark.parametrize("d", [16, 32, 64])
-@pytest.mark.parametrize("length", [1, 2, 5, 17, 128])
+@pytest.mark.parametrize("length", [1, 2, 17, 128])
 def test_backward_with_large_scores(d, length):
     torch.manual_seed(0)
     q = torch.randn(2, length, 5, d, device="cuda", dtype=torch.float16) * 5
@@ -226,8 +225,7 @@ def test_gradient_that_is_not_contiguous(d, causal):
 
 
 @pytest.mark.parametrize("varlen", [False, True])
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("d", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize("d, causal", [(64, True), (96, False), (128, True), (192, False), (256, True)])
 def test_deterministic(d, causal, varlen):
     q, k, v = (torch.randn(5, 239, 6, d, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     lengths = ()
@@ -253,7 +251,7 @@ CACHE = dict(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("cell", sample(72, **CACHE), ids=ids)
+@pytest.mark.parametrize("cell", sample(40, **CACHE), ids=ids)
 def test_kvcache(cell):
     """A cache call against the cache gathered, rotated and extended by hand."""
     torch.manual_seed(0)
