@@ -276,5 +276,5 @@ def test_api_reference_names_every_public_function():
             continue
         names = re.findall(r"\w+", members) or [name for name in vars(module) if not name.startswith("_")]
         assert [name for name in names if not hasattr(module, name)] == [], target
-        covered.update(names)
+        covered.update(name for name in names if getattr(module, name) is getattr(flash_attn, name, None))
     assert set(flash_attn.__all__) - covered == set()
