@@ -113,13 +113,22 @@ def provenance() -> dict[str, Any]:
     found = {
         "date": datetime.date.today().isoformat(), "commit": commit or "unknown",
         "gpu": gpu.name if gpu else None, "cpu": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(), "torch": torch.__version__, "command": " ".join(sys.argv),
+        "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "command": " ".join(_portable(word) for word in sys.argv),
     }  # fmt: skip
     if gpu:
         import triton
 
         found |= {"triton": triton.__version__, "cudnn": torch.backends.cudnn.version()}
     return found
+
+
+def _portable(word: str) -> str:
+    """A word of a command without the folders of this machine, which say nothing on another."""
+    path, root = Path(word), Path(__file__).parents[2]
+    if not path.is_absolute():
+        return word
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
 
 
 def run_grid(
