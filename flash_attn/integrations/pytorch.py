@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from flash_attn import _legacy
+from flash_attn.attention import run_forward, seeded
 from flash_attn.errors import ArgumentValueError, UnsupportedError
 from flash_attn.problem import Operands, Problem
 from flash_attn.validate import describe, describe_varlen
@@ -85,8 +86,11 @@ def _run(problem: Problem, ops: Operands, return_debug_mask: bool) -> tuple[Tens
     """(out, logsumexp, uint64 (2,) state of the generator)."""
     if return_debug_mask:
         raise UnsupportedError("return_debug_mask has no meaning here; flash_attn_func has return_attn_probs")
-    result = _legacy.forward(problem, ops, problem.dropout_p, False)
-    return result.out, result.softmax_lse, result.rng_state.view(torch.uint64)
+    ops = seeded(problem, ops)
+    out, lse = run_forward(problem, ops)
+    # without dropout nobody reads it: not worth a kernel that writes zeros
+    state = torch.empty(2, dtype=torch.int64, device=out.device) if ops.rng_state is None else ops.rng_state
+    return out, _legacy.surface_lse(problem, lse).contiguous(), state.view(torch.uint64)
 
 
 def _laid_out(x: Tensor, like: Tensor) -> Tensor:

@@ -61,9 +61,10 @@ def kernel_calls(monkeypatch):
     """What reached our backends: a pass of torch's own kernels would prove nothing."""
     from flash_attn import _legacy
     from flash_attn.fa3 import operators
+    from flash_attn.integrations import pytorch
 
     seen = []
-    for module in (_legacy, operators):
+    for module in (pytorch, operators):
         run = module.run_forward
         monkeypatch.setattr(module, "run_forward", lambda *a, run=run: seen.append("forward") or run(*a))
     run_backward = _legacy.run_backward
