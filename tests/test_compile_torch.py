@@ -238,6 +238,34 @@ def test_export():
         torch.testing.assert_close(program.module()(x), block(x))
 
 
+def test_export_of_packed_and_cached_calls():
+    class Packed(torch.nn.Module):
+        def forward(self, q, k, v, cu):
+            return flash_attn_varlen_func(q, k, v, cu, cu, 64, 64, causal=True)
+
+    class Cached(torch.nn.Module):
+        def forward(self, q, k_cache, v_cache, used):
+            return flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=used, causal=True)
+
+    rows, capacity = torch.export.Dim("rows", min=4, max=256), torch.export.Dim("capacity", min=4, max=256)
+    cu = torch.tensor([0, 5, 14], dtype=torch.int32)
+    x = [torch.randn(14, h, 16) for h in (4, 2, 2)]
+    program = torch.export.export(Packed(), (*x, cu), dynamic_shapes=({0: rows}, {0: rows}, {0: rows}, None))
+    for lengths in ((5, 9), (20, 1)):
+        cu = torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32)
+        x = [torch.randn(sum(lengths), h, 16) for h in (4, 2, 2)]
+        torch.testing.assert_close(program.module()(*x, cu), Packed()(*x, cu), rtol=0, atol=0)
+    q, used = torch.randn(2, 1, 4, 16), torch.tensor([3, 12], dtype=torch.int32)
+    caches = torch.randn(2, 2, 24, 2, 16)
+    program = torch.export.export(
+        Cached(), (q, *caches, used), dynamic_shapes=(None, {1: capacity}, {1: capacity}, None)
+    )
+    for N in (24, 40):
+        caches = torch.randn(2, 2, N, 2, 16)
+        got = program.module()(q, *caches, used)
+        torch.testing.assert_close(got, Cached()(q, *caches, used), rtol=0, atol=0)
+
+
 def test_selective_checkpointing_sees_the_operator():
     """A policy that names torch.ops.flash_attn._flash_attn_forward keeps its result: one run, not two."""
     block, x = Block(), torch.randn(2, 9, 32, requires_grad=True)

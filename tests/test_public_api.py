@@ -1,5 +1,6 @@
 """The public surface is FlashAttention-2.8's: names, signatures, what comes back."""
 
+import importlib
 import inspect
 
 import cases
@@ -76,6 +77,26 @@ def test_function_classes_apply(name, function):
     assert apply(*arguments)[0].requires_grad and not apply(*arguments, False)[0].requires_grad
     with pytest.raises(TypeError, match=f"{name}.apply takes at most"):
         apply(*arguments, True, True)
+
+
+# What tests/test_flash_attn.py and tests/test_rotary.py of flash-attn 2.8.4 import.
+IMPORTED = {
+    "flash_attn": list(SIGNATURES),
+    "flash_attn.bert_padding": ["pad_input", "unpad_input"],
+    "flash_attn.flash_attn_interface": [
+        "_get_block_size_n", "USE_TRITON_ROCM", "_flash_attn_varlen_forward", "flash_attn_gpu",
+    ],
+    "flash_attn.layers.rotary": [
+        "apply_rotary_emb", "apply_rotary_emb_torch", "apply_rotary_emb_qkv_", "apply_rotary_emb_kv_",
+    ],
+    "flash_attn.losses.cross_entropy": ["CrossEntropyLoss"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("module", IMPORTED)
+def test_names_that_upstreams_tests_import(module):
+    found = importlib.import_module(module)
+    assert [name for name in IMPORTED[module] if not hasattr(found, name)] == []
 
 
 def test_warmup_runs_each_problem_once(monkeypatch):
