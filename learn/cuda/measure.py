@@ -4,6 +4,7 @@ python -m learn.cuda.measure --output ladder.json
 """
 
 import argparse
+import datetime
 import json
 import statistics
 import subprocess
@@ -22,8 +23,8 @@ TOKENS, WIDTH = 16384, 2048  # batch * seqlen and heads * head_dim of every row
 PEAK_TFLOPS = 989.4  # dense fp16 of an H200, datasheet
 
 
-def fa2(q, k, v, causal):
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+def fa2(q, k, v, causal=False, backend=SDPBackend.FLASH_ATTENTION):
+    with sdpa_kernel(backend):
         F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=causal)
 
 
@@ -69,7 +70,7 @@ def measure_cell(libraries: dict, d: int, s: int, words) -> list[dict]:
     q, k, v, dout = (torch.randn(shape, device="cuda", dtype=torch.float16) for _ in range(4))
     rows: list[dict] = []
 
-    def add(runs: dict, direction: str, causal: bool, base: str) -> None:
+    def add(runs: dict, direction: str, causal: bool, base: str, dtype: str = "float16") -> None:
         times = race(runs, words.rounds, words.least)
         flop = 4 * TOKENS * s * WIDTH * (0.5 if causal else 1) * (2.5 if direction == "backward" else 1)
         for name, time_s in times.items():
@@ -91,7 +92,21 @@ def measure_cell(libraries: dict, d: int, s: int, words) -> list[dict]:
     for name, lib in libraries.items():
         if name.startswith("step_11"):
             dropped = partial(ladder.forward, lib, q, k, v, dropout_p=0.1, rng=(1, 2))
-            add(forwards(name) | {name + " p=0.1": dropped}, "forward", False, name)
+            add(
+                {name: partial(ladder.forward, lib, q, k, v), name + " p=0.1": dropped},
+                "forward",
+                False,
+                name,
+            )
+        if name.startswith("step_13"):
+            for dtype, backend in (
+                (torch.bfloat16, SDPBackend.FLASH_ATTENTION),
+                (torch.float32, SDPBackend.EFFICIENT_ATTENTION),
+            ):
+                x = [tensor.to(dtype) for tensor in (q, k, v)]
+                peer = "FA2" if dtype == torch.bfloat16 else "PyTorch fp32"
+                pair = {peer: partial(fa2, *x, backend=backend), name: partial(ladder.forward, lib, *x)}
+                add(pair, "forward", False, peer, str(dtype).removeprefix("torch."))
         if name.startswith("step_12"):
             out, lse = ladder.forward(lib, q, k, v)
             ours = partial(ladder.backward, lib, q, k, v, out, lse, dout)
@@ -102,7 +117,7 @@ def measure_cell(libraries: dict, d: int, s: int, words) -> list[dict]:
 def describe(row: dict) -> str:
     mask = "causal" if row["causal"] else "full"
     return (
-        f"{row['step']:30} {row['direction']:8} {mask:6} D={row['head_dim']:3} S={row['seqlen']:5} "
+        f"{row['step']:28} {row['dtype']:8} {row['direction']:8} {mask:6} D={row['head_dim']:3} S={row['seqlen']:5} "
         f"{row['time_s'] * 1e3:9.3f} ms {row['tflops']:7.1f} TFLOP/s {row['of_peak']:6.1%} of peak {row['of_fa2']:5.2f}"
     )
 
@@ -113,7 +128,7 @@ def main() -> None:
     )
     parser.add_argument("steps", nargs="*", default=ladder.steps())
     parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128])
-    parser.add_argument("--seqlens", type=int, nargs="+", default=[512, 2048, 8192])
+    parser.add_argument("--seqlens", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--least", type=float, default=0.02, help="seconds of one timing")
     parser.add_argument("--arch", default=ladder.gpu_arch())
@@ -134,6 +149,7 @@ def main() -> None:
         "driver": subprocess.run(query, capture_output=True, text=True).stdout.strip(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
+        "date": datetime.date.today().isoformat(),
         "command": "python -m learn.cuda.measure " + " ".join(sys.argv[1:]),
     }
     if words.output:

@@ -23,9 +23,9 @@ constexpr Candidate candidate(float speed) {
 
 static const Candidate kCandidates[] = {
     candidate<128, 64, 128>(1.00f),
-    candidate<64, 64, 128>(0.75f),
-    candidate<32, 64, 64>(0.60f),
-    candidate<32, 32, 64>(0.50f),  // the least shared memory
+    candidate<64, 64, 128>(0.92f),
+    candidate<32, 64, 64>(0.88f),
+    candidate<32, 32, 64>(0.79f),  // the least shared memory
 };
 
 static void forward(const FlashArgs& a) {

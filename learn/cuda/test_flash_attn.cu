@@ -103,7 +103,7 @@ static std::vector<T> download(const void* from, size_t count) {
 }
 
 // Attention of one head in float64, with its gradients. `size` holds the same sums over absolute values, which bound what
-// rounding P, dS and the result to fp16 can change: by 2^-11 of the size each.
+// rounding P, dS, the output (in delta) and the result to fp16 can change: by 2^-11 of the size each.
 struct Exact {
     std::vector<double> lse, out, out_size, dq, dq_size, dk, dk_size, dv, dv_size;
 
@@ -145,9 +145,12 @@ struct Exact {
                     add(dv, dv_size, j * p.d + i, weight * dout, weight * dout);
                 }
             }
+            double delta_size = std::abs(delta);  // delta is made from the output, rounded, of rounded P
+            for (int i = row * p.d; i < (row + 1) * p.d; ++i)
+                delta_size += std::abs(at(p.dout, p.m, row, i % p.d)) * (std::abs(out[i]) + out_size[i]);
             for (int j = 0; j < end; ++j)
                 for (int i = 0; i < p.d; ++i) {
-                    const double ds = s[j] * (dp[j] - delta) * a.scale, size = s[j] * (std::abs(dp[j]) + std::abs(delta)) * a.scale;
+                    const double ds = s[j] * (dp[j] - delta) * a.scale, size = s[j] * (std::abs(dp[j]) + delta_size) * a.scale;
                     add(dq, dq_size, row * p.d + i, ds * at(p.k, p.n, j, i), size * at(p.k, p.n, j, i));
                     add(dk, dk_size, j * p.d + i, ds * at(p.q, p.m, row, i), size * at(p.q, p.m, row, i));
                 }
