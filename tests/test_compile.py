@@ -128,6 +128,7 @@ FEW_QUERIES = [
     Case("packed_used", batch=3, head_dim=64, packed_q=(3, 1, 0), seqused_k=(200, 7, 3), **HALF | FEW),
     Case("fp32_head_dim_512", head_dim=512, **HALF | FEW | dict(dtype=torch.float32)),
     Case("head_dim_192_128", head_dim=192, head_dim_v=128, **HALF | FEW),
+    Case("fp32_one_row", head_dim=128, **HALF | dict(max_q=1, heads=2, dtype=torch.float32)),
     CACHE[0]._replace(head_dim=40, **FEW),
     CACHE[1]._replace(**FEW),
     CACHE[2]._replace(leftpad=(3, 0), **FEW),

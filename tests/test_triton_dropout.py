@@ -28,7 +28,9 @@ class Switches(NamedTuple):
     dropout: int
 
 
-@triton.jit(do_not_specialize=["threshold"])  # as our launcher; the JIT would make a constant of 1
+@triton.jit(
+    do_not_specialize=["bh", "row0", "col0", "threshold"]
+)  # as our launcher; the JIT would make a constant of 1
 def _write_mask(
     out, rng, bh, row0, col0, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, F: tl.constexpr
 ):

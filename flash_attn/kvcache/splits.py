@@ -42,11 +42,13 @@ def rows(problem: Problem) -> int:
 def configs(problem: Problem, shared_memory: int, multiprocessors: int) -> tuple[FwdConfig, ...]:
     """Tiles that should fit, best first; block_m counts rows of a kv head: queries times the heads of a group.
 
-    Chosen among 16 by the five rows of bench/decode.py on an H200 (docs/perf/kvcache.md): with more programs than
-    multiprocessors several share one and hide each other's latency; a single one must have many loads in flight.
+    Chosen by sweeps of bench/decode.py's rows, head dims 64 and 96 and fp32 on an H200 (docs/perf/kvcache.md): with
+    more programs than multiprocessors several share one and hide each other's latency; a single one must have many
+    loads in flight.
     With num_splits 1 the choice leaves the batch out, so that a sequence gives the same bits in any batch.
     """
-    block_m = min(MAX_ROWS, max(16, _power(rows(problem))))
+    # a matrix unit takes 16 rows at least; fp32 has none, and there every row costs as much as the others
+    block_m = min(MAX_ROWS, max(16 if problem.dtype.itemsize < 4 else 1, _power(rows(problem))))
     d, dv = (max(16, _power(x)) for x in (problem.head_dim, problem.head_dim_v))
     itemsize = problem.dtype.itemsize
     # the largest power of two (a tile has no other length) of keys whose rows fit: d + dv need not be one
@@ -59,6 +61,11 @@ def configs(problem: Problem, shared_memory: int, multiprocessors: int) -> tuple
         first = (large, 2)
     elif problem.paged:
         first = (large, 4 if share * problem.max_k >= 2048 else 3)
+    elif itemsize == 4:
+        first = (large, 3)
+    elif (problem.head_dim + problem.head_dim_v) * itemsize * small < TILE_BYTES // 2:
+        # few bytes a key: a step takes its time whatever it reads, so it should read more
+        first = (large, 4 if (d + dv) * itemsize * large <= TILE_BYTES // 2 else 3)
     else:
         first = (small, 4)
     found = []
