@@ -6,6 +6,7 @@ bench/results/<suite>-<gpu>-<commit>.json. A wrong result is not timed.
 
 import argparse
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from rich.console import Console
 
 from bench import decode, host
 from bench.peers import flash_attn_3
+from flash_attn import use_backend
 from flash_attn.cli.bench import show
 from flash_attn.problem import Problem
 from flash_attn.utils import race
@@ -60,6 +62,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.1, help="time spent on each measurement")
     parser.add_argument("--flex", action="store_true", help="also FlexAttention")
     parser.add_argument("--fa3-library", help="path of vLLM's _vllm_fa3_C.abi3.so, to race FlashAttention-3")
+    parser.add_argument("--backend", help="force one of ours, such as triton: the portable kernels")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--commit", help="what to write where this is not a git checkout")
     options = parser.parse_args()
@@ -71,21 +74,19 @@ def main() -> None:
     console = Console(width=180)
     where = race.provenance() | ({"commit": options.commit} if options.commit else {})
     for suite in options.suites:
-        if suite == "decode":
-            rows = decode.rows(options.fa3_library is not None)
-        elif suite == "host":
-            rows = host.rows()
-        elif suite == "features":
-            rows = [
-                r
-                for cell in race.run_grid(features(), ("forward", "backward"), peers, options.seconds)
-                for r in cell
-            ]
-        else:
-            rows = [r for cell in race.run_grid(grid(), (suite,), peers, options.seconds) for r in cell]
+        with use_backend(options.backend) if options.backend else nullcontext():
+            if suite == "decode":
+                rows = decode.rows(options.fa3_library is not None)
+            elif suite == "host":
+                rows = host.rows()
+            elif suite == "features":
+                cells = race.run_grid(features(), ("forward", "backward"), peers, options.seconds)
+                rows = [r for cell in cells for r in cell]
+            else:
+                rows = [r for cell in race.run_grid(grid(), (suite,), peers, options.seconds) for r in cell]
         show(rows, console)
-        gpu = where["gpu"].split()[-1].lower()
-        race.save(rows, options.output / f"{suite}-{gpu}-{where['commit']}.json", where)
+        gpu, backend = where["gpu"].split()[-1].lower(), f"-{options.backend}" if options.backend else ""
+        race.save(rows, options.output / f"{suite}{backend}-{gpu}-{where['commit']}.json", where)
 
 
 if __name__ == "__main__":
