@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flash_attn.attention import run_backward, run_forward, seeded
-from flash_attn.errors import ArgumentValueError
+from flash_attn.errors import ArgumentTypeError, ArgumentValueError
 from flash_attn.problem import Operands, Problem, sees_all_rows
 from flash_attn.validate import NEGLIGIBLE_DROPOUT, describe, describe_varlen, last_contiguous
 
@@ -81,6 +81,16 @@ def backward(
     for name, x, want in (("dout", dout, like_out), ("out", out, like_out), ("softmax_lse", lse, shape)):
         if tuple(x.shape) != want:
             raise ArgumentValueError(f"{name} must have shape {want}, got {tuple(x.shape)}")
+        if x.device != ops.q.device:
+            raise ArgumentValueError(f"{name} must be on the device of q, {ops.q.device}, got {x.device}")
+    for name, x in (("dout", dout), ("out", out)):
+        if x.dtype != problem.dtype:
+            raise ArgumentTypeError(
+                f"{name}: query and {name} must have the same dtype, {problem.dtype}, got {x.dtype}"
+            )
+    statistics = torch.promote_types(torch.float32, problem.dtype)
+    if lse.dtype != statistics:
+        raise ArgumentTypeError(f"softmax_lse must have dtype {statistics}, got {lse.dtype}")
     for name, given, like in zip(("dq", "dk", "dv"), into, ops[:3], strict=True):
         if given is not None and (given.shape != like.shape or given.dtype != like.dtype):
             raise ArgumentValueError(

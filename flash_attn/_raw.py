@@ -21,7 +21,14 @@ def _no_generator(gen: object) -> None:
 
 def _stored(result: Tensor, out: Tensor | None) -> Tensor:
     """result, in `out` where the caller gave one."""
-    return result if out is None else out.copy_(result)
+    if out is None:
+        return result
+    if out.shape != result.shape or out.dtype != result.dtype:
+        raise ArgumentValueError(
+            f"out must have shape {tuple(result.shape)} and dtype {result.dtype},"
+            f" got {tuple(out.shape)} and {out.dtype}"
+        )
+    return out.copy_(result)
 
 
 def fwd(

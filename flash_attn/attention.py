@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from flash_attn import dispatch
 from flash_attn.backends import empty
@@ -37,8 +38,10 @@ def attention(
         log of the softmax denominator; -inf where a query sees no key (out is 0 there).
 
     Raises:
-        UnsupportedError: no backend can run the problem.
+        UnsupportedError: no backend can run the problem, or an input carries a forward-mode derivative.
     """
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(ops)
     ops = seeded(problem, ops)
     if torch.is_grad_enabled():
         q, k, v, sink = ops.q, ops.k, ops.v, ops.sink
@@ -52,6 +55,12 @@ def attention(
             call = _Call(problem, ops, dispatch.forced_backend())
             return function.apply(call, *_inputs(ops, packed))
     return run_forward(problem, ops)
+
+
+def _refuse_tangents(ops: Operands) -> None:
+    for x in (ops.q, ops.k, ops.v, ops.sink):
+        if x is not None and forward_ad.unpack_dual(x).tangent is not None:
+            raise UnsupportedError("attention has no forward-mode derivative; use the backward (vjp) instead")
 
 
 def seeded(problem: Problem, ops: Operands) -> Operands:
@@ -123,10 +132,11 @@ def _views(inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _save(ctx, call: _Call, inputs: tuple[Tensor, ...], out: Tensor, lse: Tensor) -> None:
-    ctx.save_for_backward(*inputs, out, lse)
-    # Lengths, indices, slopes and the seed carry no gradient. A reference to q, k or v here would
-    # keep them alive behind the back of checkpointing and offloading.
-    ctx.call = call.problem, call.ops[3:], call.forced
+    # Lengths, indices, slopes and the seed carry no gradient, but are saved too, so that autograd notices when they
+    # are overwritten before the backward. A reference to a tensor here instead would keep it alive behind the back
+    # of checkpointing and offloading.
+    ctx.save_for_backward(*inputs, out, lse, *call.ops[3:11], call.ops.rng_state)
+    ctx.call = call.problem, call.forced
     ctx.set_materialize_grads(False)
 
 
@@ -149,15 +159,13 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def _gradients(ctx, dout: Tensor | None, dlse: Tensor | None) -> Sequence[Tensor | None]:
-        *inputs, out, lse = ctx.saved_tensors
-        problem, rest, forced = ctx.call
+        (problem, forced), saved = ctx.call, ctx.saved_tensors
+        *inputs, out, lse = saved[:-9]
         if dout is None:
             dout = torch.zeros_like(out)
         sink = inputs.pop() if problem.sink else None
         grads = [torch.empty_like(x) for x in inputs]
-        ops = Operands(*_views(inputs), *rest)
-        if sink is not None:
-            ops = ops._replace(sink=sink)
+        ops = Operands(*_views(inputs), *saved[-9:-1], sink=sink, rng_state=saved[-1])
         result = run_backward(problem, ops, out, lse, dout, dlse, _views(grads), forced)
         return grads if sink is None else [*grads, result.dsink]
 

@@ -100,7 +100,9 @@ def _select(
     problem: Problem, direction: str, forced: str | None, index: int | None, assumed: device.DeviceInfo | None
 ) -> ModuleType:
     reasons = {}
-    with torch.cuda.device(index) if problem.device == "cuda" and index is not None else nullcontext():
+    current = torch.cuda.device(index) if problem.device == "cuda" and index is not None else nullcontext()
+    # a backend may accept only when asked for by name, which a backward was perhaps in a block that has ended
+    with current, use_backend(forced) if forced else nullcontext():
         for name in (forced,) if forced else BACKENDS:
             backend = load(name)
             reason = backend.supports(problem, direction)

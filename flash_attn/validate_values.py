@@ -30,9 +30,8 @@ def check_varlen(
         lengths_k = _sequences("cu_seqlens_k", cu_seqlens_k, total, "max_seqlen_k", max_seqlen_k)
     if seqused_q is not None:
         in_range("seqused_q", seqused_q.tolist(), 0, lengths_q, "length of the sequence")
-    capacity = block_table.shape[1] * problem.page_size if block_table is not None else None
     if seqused_k is not None:
-        bound = lengths_k if capacity is None else [capacity] * B
+        bound = lengths_k if block_table is None else [problem.max_k] * B
         lengths_k = in_range("seqused_k", seqused_k.tolist(), 0, bound, "length of the sequence")
     if leftpad_k is not None:
         in_range("leftpad_k", leftpad_k.tolist(), 0, lengths_k, "end of the valid keys")

@@ -6,10 +6,12 @@ import weakref
 import cases
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import flash_attn
 from flash_attn import attention as attention_module
 from flash_attn.attention import attention
+from flash_attn.errors import UnsupportedError
 from flash_attn.problem import Gradients
 from flash_attn.reference import attention as oracle
 
@@ -174,6 +176,32 @@ def test_changing_an_input_before_backward_is_noticed():
     hidden.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+@pytest.mark.parametrize("changed", ["cu_seqlens", "alibi_slopes"])
+def test_changing_lengths_or_slopes_before_backward_is_noticed(changed):
+    """A loader that refills its buffer of cu_seqlens between forward and backward got wrong gradients in silence."""
+    q, k, v = (torch.randn(6, 2, 8, requires_grad=True) for _ in range(3))
+    tensors = dict(
+        cu_seqlens=torch.tensor([0, 2, 6], dtype=torch.int32), alibi_slopes=torch.tensor([0.5, 0.25])
+    )
+    cu, slopes = tensors.values()
+    out = flash_attn.flash_attn_varlen_func(q, k, v, cu, cu, 4, 4, alibi_slopes=slopes)
+    tensors[changed][1] = 3
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own
+def test_forward_mode_derivatives_are_refused():
+    """A kernel drops a tangent in silence, and a derivative of 0 would come out."""
+    q, k = torch.randn(1, 5, 2, 8), torch.randn(1, 6, 2, 8)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(q, torch.randn_like(q))
+        for args in ((dual, k, k), (q, k, forward_ad.make_dual(k, k))):
+            with pytest.raises(UnsupportedError, match="no forward-mode derivative"):
+                flash_attn.flash_attn_func(*args)
+        assert flash_attn.flash_attn_func(q, k, k).shape == q.shape
 
 
 def test_double_backward_is_refused():

@@ -132,6 +132,17 @@ def test_a_backward_runs_where_its_forward_was_told_to(stubs):
     assert torch.autograd.grad(out.sum(), q)[0].eq(1.0).all()
 
 
+def test_a_backward_may_need_the_name_that_its_forward_was_given(stubs):
+    """Interpreted kernels run only when asked for by name; their backward behind the block was refused."""
+    stubs["hidden"].supports = lambda problem, direction: (
+        None if dispatch.forced_backend() == "hidden" else "only when asked for by name"
+    )
+    q = torch.zeros(1, 4, 2, 8, requires_grad=True)
+    with use_backend("hidden"):
+        out = flash_attn.flash_attn_func(q, q, q)
+    torch.autograd.grad(out.sum(), q)
+
+
 def test_the_choice_depends_on_the_device(stubs):
     """It used to be remembered by problem alone: a choice made for one GPU was kept for another."""
     problem = PROBLEM._replace(device="cuda")

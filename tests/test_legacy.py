@@ -336,6 +336,40 @@ def test_raw_entry_points_equal_the_public_functions():
     assert torch.equal(out, want) and lse.shape == (2, 4, 1)
 
 
+@pytest.mark.parametrize(
+    "changes", [dict(dtype=torch.float16), dict(size=(4, 5, 2, 8))], ids=["dtype", "shape"]
+)
+def test_raw_forward_refuses_an_out_that_is_not_its_result(changes):
+    """It was rounded, or repeated along a dimension, in silence."""
+    q = torch.randn(1, 5, 2, 8)
+    out = torch.empty(**dict(size=q.shape, dtype=q.dtype) | changes)
+    with pytest.raises(RuntimeError, match=r"out must have shape \(1, 5, 2, 8\) and dtype torch.float32"):
+        flash_attn_2_cuda.fwd(q, q, q, out, None, 0.0, 0.3, False, -1, -1, 0.0, False, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("dout", dict(dtype=torch.float32), "query and dout must have the same dtype"),
+        ("out", dict(dtype=torch.float32), "query and out must have the same dtype"),
+        ("softmax_lse", dict(dtype=torch.float64), "softmax_lse must have dtype torch.float32"),
+        ("dout", dict(device="meta"), "dout must be on the device of q"),
+    ],
+    ids=["dout", "out", "lse", "device"],
+)
+def test_backward_refuses_other_dtypes_and_devices(name, changes, message):
+    """Kernels compiled for the dtype of q would read other bits of these as numbers."""
+    q = torch.randn(1, 5, 2, 8, dtype=torch.float16)
+    out, lse, *_ = flash_attn_2_cuda.fwd(q, q, q, None, None, 0.0, 0.3, False, -1, -1, 0.0, False, None)
+    given = dict(dout=out, out=out, softmax_lse=lse)
+    given[name] = given[name].to(**changes)
+    dout, out, lse = given.values()
+    with pytest.raises(RuntimeError, match=message):
+        flash_attn_2_cuda.bwd(
+            dout, q, q, q, out, lse, None, None, None, None, 0.0, 0.3, False, -1, -1, 0.0, False, None, None
+        )
+
+
 def test_small_names():
     assert USE_TRITON_ROCM is False and flash_attn_gpu.varlen_bwd is flash_attn_2_cuda.varlen_bwd
     assert _get_block_size_n(torch.device("cpu"), 64, True, False) >= 1 << 20

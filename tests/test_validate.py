@@ -142,6 +142,11 @@ VARLEN_ERRORS = {
     r"seqused_q\[1\] must lie in \[0, 4\]": (VAR, lambda a: dict(seqused_q=torch.tensor([5, 5]).int())),
     r"seqused_k\[0\] must lie in \[0, 8\]": (VAR, lambda a: dict(seqused_k=torch.tensor([9, 6]).int())),
     r"leftpad_k\[1\] must lie in \[0, 6\]": (VAR, lambda a: dict(leftpad_k=torch.tensor([0, 7]).int())),
+    # beyond max_seqlen_k, for which kernels are planned, though the pages could hold them
+    r"seqused_k\[1\] must lie in \[0, 6\]": (
+        "varlen paged",
+        lambda a: dict(cu_seqlens_k=None, max_seqlen_k=6, seqused_k=torch.tensor([6, 7]).int()),
+    ),
     "seqused_k must have shape": (VAR, lambda a: dict(seqused_k=torch.tensor([1]).int())),
     r"sink must have shape \(num_heads,\) with num_heads 4, got \(3,\)": (
         VAR,
