@@ -165,7 +165,7 @@ class _Attention(torch.autograd.Function):
             dout = torch.zeros_like(out)
         sink = inputs.pop() if problem.sink else None
         grads = [torch.empty_like(x) for x in inputs]
-        ops = Operands(*_views(inputs), *saved[-9:-1], sink=sink, rng_state=saved[-1])
+        ops = Operands._make((*_views(inputs), *saved[-9:-1], sink, saved[-1]))
         result = run_backward(problem, ops, out, lse, dout, dlse, _views(grads), forced)
         return grads if sink is None else [*grads, result.dsink]
 
