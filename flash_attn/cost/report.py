@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -63,17 +62,3 @@ def human(value: float, unit: str = "", base: int = 1000) -> str:
                 break
     prefix = prefix.upper() + "i" if base == 1024 and prefix else prefix
     return f"{'-' if value < 0 else ''}{size:.3g} {prefix}{unit}".strip()
-
-
-def format_table(rows: Iterable[dict[str, Any]]) -> str:
-    """Plain aligned text, for where rich is not installed."""
-    table = Table(rows)
-    cells = [table.columns] + [[_cell(row.get(key)) for key in table.columns] for row in table]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(table.columns))]
-    return "\n".join(
-        "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in cells
-    )
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)

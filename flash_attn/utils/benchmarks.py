@@ -59,7 +59,8 @@ def peak_extra_mb(run: Callable[[], Any], device: str | torch.device) -> float:
         run()
         torch.cuda.synchronize(device)
         return (torch.cuda.max_memory_allocated(device) - before) / MB
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    # acc_events only says that events are kept, which torch 2.11 else warns about
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
         run()
     held = peak = 0
     results = recorded.profiler.kineto_results  # type: ignore[union-attr]
