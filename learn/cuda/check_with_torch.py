@@ -86,21 +86,22 @@ def check(library, m, n, d, dtype, device, options, gradients=False, batch=2, he
 
 
 def passes(ours: float, theirs: float) -> bool:
-    # one rounding step of float32 where PyTorch happens to be exact
+    # 1e-6: a few rounding steps of float32, for results in which PyTorch happens to be exact
     return ours <= 2 * theirs + 1e-6
 
 
-def workload(library, head_dim: int) -> tuple[list, list[int], list[torch.dtype], bool]:
+def workload(library, head_dim: int, device: str) -> tuple[list, list[int], list[torch.dtype], bool]:
     """What a step can do: (cases, head dims, dtypes, whether it has a backward)."""
     can = library.flash_can()
     cases = SHAPES + (CAUSAL if can & 8 else []) + (DROPOUT if can & 16 else [])
-    dims = [head_dim] if library.flash_head_dim() else [32, 40, 64, 96, 128, 200, 256]
+    any_dim = [32, 40, 64, 96, 128, 200, 256] if device == "cuda" else [40, 96]  # the emulator is slow
+    dims = [head_dim] if library.flash_head_dim() else any_dim
     return cases, dims, [dtype for dtype, code in ladder.DTYPES.items() if can >> code & 1], bool(can & 32)
 
 
 def check_step(step: str, library, head_dim: int, device: str) -> bool:
     """Prints the worst case of each result of a step; whether all pass."""
-    cases, dims, dtypes, has_backward = workload(library, head_dim)
+    cases, dims, dtypes, has_backward = workload(library, head_dim, device)
     good = True
     for dtype in dtypes:
         worst: dict[str, tuple[float, float, float, str]] = {}

@@ -10,7 +10,7 @@ struct ForwardTile {
     using Type = T;
     static constexpr int kBlockM = BlockM, kBlockN = BlockN, kHeadDim = HeadDim, kNThreads = NThreads;
     static constexpr int kTiles = BlockM / (NThreads / kWarp) / 16;  // tiles of 16 rows a warp
-    static_assert(BlockM == NThreads / kWarp * 16 * kTiles, "kBlockM must be a multiple of 16 rows for each of the kNThreads / 32 warps");
+    static_assert(BlockM == NThreads / kWarp * 16 * kTiles, "kBlockM must be a multiple of 16 rows for each warp");
 };
 
 template <typename Tile>
@@ -35,7 +35,9 @@ __global__ void __launch_bounds__(Tile::kNThreads) flash_attn_kernel(FlashArgs a
     T* out = static_cast<T*>(a.out) + offset_of(a, a.seqlen_q, b, 0, h);
 
     // Row i sees the keys below visible(i). The block ends at the last key that its last row sees.
-    const auto visible = [&](int row) { return a.causal ? min(a.seqlen_k, row + 1 + a.seqlen_k - a.seqlen_q) : a.seqlen_k; };
+    const auto visible = [&](int row) {
+        return a.causal ? min(a.seqlen_k, row + 1 + a.seqlen_k - a.seqlen_q) : a.seqlen_k;
+    };
     const int end_key = visible(first_row + kBlockM - 1);
 
     const int row0 = threadIdx.x / kWarp * 16 * kTiles;

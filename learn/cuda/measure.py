@@ -105,7 +105,10 @@ def measure_cell(libraries: dict, d: int, s: int, words) -> list[dict]:
             ):
                 x = [tensor.to(dtype) for tensor in (q, k, v)]
                 peer = "FA2" if dtype == torch.bfloat16 else "PyTorch fp32"
-                pair = {peer: partial(fa2, *x, backend=backend), name: partial(ladder.forward, lib, *x)}
+                pair = {
+                    peer: partial(fa2, x[0], x[1], x[2], False, backend),
+                    name: partial(ladder.forward, lib, *x),
+                }
                 add(pair, "forward", False, peer, str(dtype).removeprefix("torch."))
         if name.startswith("step_12"):
             out, lse = ladder.forward(lib, q, k, v)

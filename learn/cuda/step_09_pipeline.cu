@@ -14,7 +14,7 @@ constexpr int kNThreads = 128;
 
 constexpr int kTiles = kBlockM / (kNThreads / 32) / 16;  // tiles of 16 rows a warp
 
-static_assert(kBlockM == kNThreads / 32 * 16 * kTiles, "kBlockM must be 16 rows, or a multiple, for each of the kNThreads / 32 warps");
+static_assert(kBlockM == kNThreads / 32 * 16 * kTiles, "kBlockM must be a multiple of 16 rows for each warp");
 
 struct alignas(128) SharedMemory {
     half Q[kBlockM * kHeadDim];

@@ -13,7 +13,7 @@ constexpr int kNThreads = 128;
 
 constexpr int kTiles = kBlockM / (kNThreads / 32) / 16;  // tiles of 16 rows a warp
 
-static_assert(kBlockM == kNThreads / 32 * 16 * kTiles, "kBlockM must be 16 rows, or a multiple, for each of the kNThreads / 32 warps");
+static_assert(kBlockM == kNThreads / 32 * 16 * kTiles, "kBlockM must be a multiple of 16 rows for each warp");
 
 struct alignas(128) SharedMemory {
     half Q[kBlockM * kHeadDim];
@@ -34,7 +34,9 @@ __global__ void __launch_bounds__(kNThreads) flash_attn_kernel(FlashArgs a, Drop
     half* out = static_cast<half*>(a.out) + offset_of(a, a.seqlen_q, b, 0, h);
 
     // Row i sees the keys below visible(i). The block ends at the last key that its last row sees.
-    const auto visible = [&](int row) { return a.causal ? min(a.seqlen_k, row + 1 + a.seqlen_k - a.seqlen_q) : a.seqlen_k; };
+    const auto visible = [&](int row) {
+        return a.causal ? min(a.seqlen_k, row + 1 + a.seqlen_k - a.seqlen_q) : a.seqlen_k;
+    };
     const int end_key = visible(first_row + kBlockM - 1);
 
     const int row0 = threadIdx.x / kWarp * 16 * kTiles;

@@ -49,9 +49,10 @@ template <bool DROPOUT>
 __global__ void __launch_bounds__(kNThreads) dkdv_kernel(FlashArgs a, Dropout dropout) {
     DYNAMIC_SHARED(BackwardMemory, smem);
     const int first_key = blockIdx.x * kRows, h = blockIdx.y, b = blockIdx.z, head = b * a.heads + h;
-    const size_t stride = row_stride(a), q_start = offset_of(a, a.seqlen_q, b, 0, h), k_start = offset_of(a, a.seqlen_k, b, 0, h);
+    const size_t stride = row_stride(a);
+    const size_t q_start = offset_of(a, a.seqlen_q, b, 0, h), k_start = offset_of(a, a.seqlen_k, b, 0, h);
     const half *q = static_cast<const half*>(a.q) + q_start, *dout = static_cast<const half*>(a.dout) + q_start;
-    const float *lse = a.lse + static_cast<size_t>(head) * a.seqlen_q, *delta = a.delta + static_cast<size_t>(head) * a.seqlen_q;
+    const float *lse = lse_of(a, b, h), *delta = a.delta + static_cast<size_t>(head) * a.seqlen_q;
 
     const int row0 = threadIdx.x / kWarp * 16;
     half *my_keys = &smem.own[0][row0 * kHeadDim], *my_values = &smem.own[1][row0 * kHeadDim];
@@ -67,8 +68,10 @@ __global__ void __launch_bounds__(kNThreads) dkdv_kernel(FlashArgs a, Dropout dr
             smem.delta[stage][i] = first + i < a.seqlen_q ? delta[first + i] : 0.0f;
         }
     };
-    load_rows<kRows, kHeadDim, kNThreads>(smem.own[0], static_cast<const half*>(a.k) + k_start, stride, first_key, a.seqlen_k);
-    load_rows<kRows, kHeadDim, kNThreads>(smem.own[1], static_cast<const half*>(a.v) + k_start, stride, first_key, a.seqlen_k);
+    load_rows<kRows, kHeadDim, kNThreads>(smem.own[0], static_cast<const half*>(a.k) + k_start,
+                                          stride, first_key, a.seqlen_k);
+    load_rows<kRows, kHeadDim, kNThreads>(smem.own[1], static_cast<const half*>(a.v) + k_start,
+                                          stride, first_key, a.seqlen_k);
     if (start < a.seqlen_q) load(0, start);
     cp_async_commit();
 
@@ -129,20 +132,25 @@ __global__ void __launch_bounds__(kNThreads) dq_kernel(FlashArgs a, Dropout drop
     DYNAMIC_SHARED(BackwardMemory, smem);
     const int tile = a.causal ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
     const int first_row = tile * kRows, h = blockIdx.y, b = blockIdx.z, head = b * a.heads + h;
-    const size_t stride = row_stride(a), q_start = offset_of(a, a.seqlen_q, b, 0, h), k_start = offset_of(a, a.seqlen_k, b, 0, h);
+    const size_t stride = row_stride(a);
+    const size_t q_start = offset_of(a, a.seqlen_q, b, 0, h), k_start = offset_of(a, a.seqlen_k, b, 0, h);
     const half *k = static_cast<const half*>(a.k) + k_start, *v = static_cast<const half*>(a.v) + k_start;
 
     const int row0 = threadIdx.x / kWarp * 16;
     half *my_queries = &smem.own[0][row0 * kHeadDim], *my_douts = &smem.own[1][row0 * kHeadDim];
-    const auto visible = [&](int row) { return a.causal ? min(a.seqlen_k, row + 1 + a.seqlen_k - a.seqlen_q) : a.seqlen_k; };
+    const auto visible = [&](int row) {
+        return a.causal ? min(a.seqlen_k, row + 1 + a.seqlen_k - a.seqlen_q) : a.seqlen_k;
+    };
     const int end_key = visible(first_row + kRows - 1);
 
     const auto load = [&](int stage, int first) {
         load_rows<kCols, kHeadDim, kNThreads>(smem.other[stage][0], k, stride, first, a.seqlen_k);
         load_rows<kCols, kHeadDim, kNThreads>(smem.other[stage][1], v, stride, first, a.seqlen_k);
     };
-    load_rows<kRows, kHeadDim, kNThreads>(smem.own[0], static_cast<const half*>(a.q) + q_start, stride, first_row, a.seqlen_q);
-    load_rows<kRows, kHeadDim, kNThreads>(smem.own[1], static_cast<const half*>(a.dout) + q_start, stride, first_row, a.seqlen_q);
+    load_rows<kRows, kHeadDim, kNThreads>(smem.own[0], static_cast<const half*>(a.q) + q_start,
+                                          stride, first_row, a.seqlen_q);
+    load_rows<kRows, kHeadDim, kNThreads>(smem.own[1], static_cast<const half*>(a.dout) + q_start,
+                                          stride, first_row, a.seqlen_q);
     if (end_key > 0) load(0, 0);
     cp_async_commit();
 
@@ -150,7 +158,7 @@ __global__ void __launch_bounds__(kNThreads) dq_kernel(FlashArgs a, Dropout drop
 UNROLL
     for (int r = 0; r < 2; ++r) {
         const int row = first_row + row0 + lane_id() / 4 + 8 * r;
-        lse[r] = lse_log2(a.lse + static_cast<size_t>(head) * a.seqlen_q, row, a.seqlen_q);
+        lse[r] = lse_log2(lse_of(a, b, h), row, a.seqlen_q);
         delta[r] = row < a.seqlen_q ? a.delta[static_cast<size_t>(head) * a.seqlen_q + row] : 0.0f;
     }
 

@@ -41,7 +41,9 @@ __global__ void __launch_bounds__(Tile::kNThreads) float32_kernel(FlashArgs a) {
     const float* v = static_cast<const float*>(a.v) + offset_of(a, a.seqlen_k, b, 0, h);
 
     const int lane = threadIdx.x % kLanes, row0 = threadIdx.x / kLanes * kRows;
-    const auto visible = [&](int row) { return a.causal ? min(a.seqlen_k, row + 1 + a.seqlen_k - a.seqlen_q) : a.seqlen_k; };
+    const auto visible = [&](int row) {
+        return a.causal ? min(a.seqlen_k, row + 1 + a.seqlen_k - a.seqlen_q) : a.seqlen_k;
+    };
     const int end_key = visible(first_row + Tile::kBlockM - 1);
     float o[kRows][kGroups][4] = {}, m[kRows], l[kRows] = {};
 UNROLL

@@ -150,7 +150,8 @@ struct Exact {
                 delta_size += std::abs(at(p.dout, p.m, row, i % p.d)) * (std::abs(out[i]) + out_size[i]);
             for (int j = 0; j < end; ++j)
                 for (int i = 0; i < p.d; ++i) {
-                    const double ds = s[j] * (dp[j] - delta) * a.scale, size = s[j] * (std::abs(dp[j]) + delta_size) * a.scale;
+                    const double ds = s[j] * (dp[j] - delta) * a.scale;
+                    const double size = s[j] * (std::abs(dp[j]) + delta_size) * a.scale;
                     add(dq, dq_size, row * p.d + i, ds * at(p.k, p.n, j, i), size * at(p.k, p.n, j, i));
                     add(dk, dk_size, j * p.d + i, ds * at(p.q, p.m, row, i), size * at(p.q, p.m, row, i));
                 }
@@ -275,7 +276,8 @@ static void timing_table(const Library& lib) {
     static std::map<std::array<int, 4>, float> standard;  // the reference is the same for every step
     const int d = lib.head_dim() ? lib.head_dim() : 64;
     printf("| Seq Len | Batch | Heads | Flash (ms) | Ref (ms) | Speedup | TFLOP/s |\n|---|---|---|---|---|---|---|\n");
-    for (const auto& [s, batch, heads] : {std::array{128, 1, 1}, {512, 1, 1}, {1024, 1, 1}, {2048, 1, 1}, {512, 2, 8}, {4096, 2, 16}}) {
+    constexpr std::array<int, 3> shapes[] = {{128, 1, 1}, {512, 1, 1}, {1024, 1, 1}, {2048, 1, 1}, {512, 2, 8}, {4096, 2, 16}};
+    for (const auto& [s, batch, heads] : shapes) {
         Problem p(batch, heads, s, s, d);
         float& reference = standard[{s, batch, heads, d}];
         if (reference == 0.0f) {

@@ -22,7 +22,7 @@ def test_step(step, head_dim, built):
     if step.startswith("step_13") and head_dim != 64:
         pytest.skip("one library serves every head_dim")
     library = built(step, head_dim)
-    cases, dims, dtypes, has_backward = check_with_torch.workload(library, head_dim)
+    cases, dims, dtypes, has_backward = check_with_torch.workload(library, head_dim, "cuda")
     for dtype in dtypes:
         for d in dims:
             for m, n, options in [*cases, (1000, 1111, {})]:
