@@ -98,6 +98,24 @@ def test_measured_rows_serve_plain_problems_only():
         )
 
 
+def test_tiles_are_drawn_from_a_counter_only_where_programs_take_more_than_one():
+    """A captured launch without a counter is one kernel."""
+    for batch, drawn in ((1, False), (64, True)):
+        case = Case("x", **HALF, batch=batch)
+        assert hopper_launch.prepare(case.problem("cuda"), build(case).operands).draws == drawn
+
+
+@pytest.mark.parametrize(
+    "head_dim, max_q, swizzle", [(256, 16384, 8), (128, 16384, 16), (128, 4096, 16), (64, 4096, 32)]
+)
+def test_works_on_many_heads_together_where_tiles_differ_in_length(head_dim, max_q, swizzle):
+    changes = dict(
+        max_q=max_q, max_k=max_q, batch=16384 // max_q, heads=2048 // head_dim, kv_heads=2048 // head_dim
+    )
+    assert hopper_launch.plan(problem(causal=True, **changes | dict(head_dim=head_dim))).swizzle == swizzle
+    assert hopper_launch.plan(problem(**changes | dict(head_dim=head_dim))).swizzle == 1
+
+
 def compiled(case: Case):
     built = build(case)
     ops = built.operands

@@ -87,7 +87,7 @@ def _hopper_forward(problem: Problem, found: DeviceInfo) -> Tile:
         if row is not None:
             return Tile(64 * row["config"]["WARPGROUPS"], row["config"]["BN"])
     dim = max(dims(p, "hopper"))
-    if dim <= 64 and (p.right is None or p.max_q > 2048):
+    if dim <= 64 and p.left is None and (p.right is None or p.max_q > 2048):
         return Tile(192, 128)
     return Tile(128, 128 if dim <= 128 or p.head_dim_v <= 128 else 64)
 

@@ -38,6 +38,7 @@ from flash_attn.tile.hopper import (
     barrier_sync,
     compute_first,
     random_delay,
+    stay_behind,
     tma_load,
     tma_rows,
     tma_store,
@@ -62,6 +63,7 @@ class Config(NamedTuple):
     )
     QREG: int  # columns of Q kept in registers: all, half or none; saves shared-memory bandwidth
     SHARE: bool  # O is staged where Q was
+    LATE: bool = False  # O is rescaled under the scores of the next key tile, not between two products
     left: bool = False
     right: bool = False
     softcap: bool = False
@@ -191,19 +193,22 @@ def _producer(common, C: gl.constexpr):
     publish(work, slot, C)
     mbarrier.arrive(t_full.index(0), count=1)
     while work.m >= 0:
-        # drawn before the loads of this tile, needed after them: the atomic's latency hides behind them
-        tile = gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
+        tile = gl.num_programs(0) + gl.program_id(0)
+        if counter is not None:
+            # drawn before the loads of this tile, needed after them: the atomic's latency hides behind them
+            tile = gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
         it = _produce(work, it, count, descs, rings, bars[:3], lengths, sizes, band, units, C)
         work, seek = locate(tile, seek, lengths, sizes, C)
         mbarrier.wait(t_empty.index(0), count & 1)
         publish(work, slot, C)
         mbarrier.arrive(t_full.index(0), count=1)
         count += 1
-    # the last program to finish resets the counters for the next launch
-    done = gl.atomic_add(counter + 1, 1, sem="relaxed")
-    if done == gl.num_programs(0) - 1:
-        gl.store(counter, 0)
-        gl.store(counter + 1, 0)
+    if counter is not None:
+        # the last program to finish resets the counters for the next launch
+        done = gl.atomic_add(counter + 1, 1, sem="relaxed")
+        if done == gl.num_programs(0) - 1:
+            gl.store(counter, 0)
+            gl.store(counter + 1, 0)
 
 
 # ---- consumers -----------------------------------------------------------------------------------------------
@@ -234,7 +239,7 @@ def _step(q, rings, bars, it, n, full, lo, hi, state, scale, WG: gl.constexpr, C
     """S(j+1) and P(j) V(j) are in flight together; the softmax of S(j+1) runs under the second."""
     k_ring, v_ring = rings
     k_full, v_full = bars
-    m, l, acc, p16 = state
+    m, l, acc, p16, alpha = state
     MASKED: gl.constexpr = C.left or C.right
     nxt = (it + 1) % C.STAGES
     phase = ((it + 1) // C.STAGES) & 1
@@ -245,6 +250,8 @@ def _step(q, rings, bars, it, n, full, lo, hi, state, scale, WG: gl.constexpr, C
     if C.PINGPONG:
         barrier_sync(_turn(C) + WG, 256)
     s = issue_scores(q, k_ring, nxt, C)
+    if C.LATE:
+        acc = scale_output(acc, stay_behind(alpha), C)
     acc = issue_output(p16, v_ring, cur, acc, C)
     if C.PINGPONG:
         barrier_arrive(_turn(C) + (WG + 1) % C.WARPGROUPS, 256)
@@ -264,7 +271,9 @@ def _step(q, rings, bars, it, n, full, lo, hi, state, scale, WG: gl.constexpr, C
     if C.DELAY:
         random_delay(C.DELAY)
     barrier_arrive(_v_free(C) + cur, _threads(C))
-    return m, l, scale_output(acc, alpha, C), p16
+    if not C.LATE:
+        acc = scale_output(acc, alpha, C)
+    return m, l, acc, p16, alpha
 
 
 @gluon.jit
@@ -321,10 +330,13 @@ def _consumer(common, WG: gl.constexpr, C: gl.constexpr):
         buffer = (count % QS) * W + WG
         q = query(q_ring, buffer, C)
         acc = zero_output(C)
+        alpha = gl.full([64], 1.0, gl.float32, rows_layout(BN))
         mbarrier.wait(v_full.index(it % C.STAGES), (it // C.STAGES) & 1)
         for j in range(1, n):
-            m, l, acc, p16 = _step(q, (k_ring, v_ring), (k_full, v_full), it, key_tile(first, n, j, C), full, lo, hi,
-                                   (m, l, acc, p16), scale, WG, C)  # fmt: skip
+            m, l, acc, p16, alpha = _step(
+                q, (k_ring, v_ring), (k_full, v_full), it, key_tile(first, n, j, C), full, lo, hi,
+                (m, l, acc, p16, alpha), scale, WG, C,
+            )  # fmt: skip
             it += 1
         if not C.SHARE:
             barrier_arrive(_q_free(C) + count % QS, _threads(C))
@@ -341,6 +353,8 @@ def _consumer(common, WG: gl.constexpr, C: gl.constexpr):
             mbarrier.wait(q_full.index(next_buffer), next_phase, pred=more)
         if C.PINGPONG:
             barrier_sync(_turn(C) + WG, 256)
+        if C.LATE:
+            acc = scale_output(acc, alpha, C)
         acc = issue_output(p16, v_ring, cur, acc, C)
         if C.CHAIN:
             s = issue_scores(query(q_ring, next_buffer, C), k_ring, nxt, C)
@@ -383,7 +397,7 @@ def attn_fwd_hopper(
 
     Args:
         lse: fp32, (B, H, M) or (H, total_q). out: pointer of packed outputs, else None. sink: (H,) or None.
-        counter: int32 (2,), zero; is zero again at the end.
+        counter: int32 (2,), zero; is zero again at the end. None: there are no more tiles than programs.
         lengths: (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k), int32 or None.
         sizes: (max_q, max_k, heads, query heads per key head, batch, swizzle, query blocks, tiles, total_q,
             lse strides of batch and head).

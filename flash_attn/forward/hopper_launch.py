@@ -18,6 +18,7 @@ _GLUON = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 _UNIT = 8  # elements of 16 bits in the 16 bytes that TMA counts in
 _MAX_INT = 0x7FFF0000
 L2_KEYS = 32 << 20  # bytes of K and V that one group of heads may keep in L2 (50 MB on H100 and H200)
+SWIZZLE = 16  # programs in step read the same keys at the same time: groups of this size need not fit
 
 
 class Box(NamedTuple):
@@ -111,7 +112,7 @@ def _tile(problem: Problem) -> dict[str, Any]:
     dim = sum(split_dim(max(problem.head_dim, problem.head_dim_v)))
     tile = dict(WARPGROUPS=2, BN=128, STAGES=2, PINGPONG=True, CHAIN=True, QREG=0, SHARE=False,
                 registers=(240, 24))  # fmt: skip
-    if dim <= 64 and (problem.right is None or problem.max_q > 2048):
+    if dim <= 64 and problem.left is None and (problem.right is None or problem.max_q > 2048):
         return tile | dict(WARPGROUPS=3, STAGES=3, registers=(160, 32))
     if dim <= 64:
         return tile | dict(STAGES=4)
@@ -127,7 +128,7 @@ def _swizzle(problem: Problem) -> int:
     if problem.right is None:
         return 1
     keys = problem.max_k * (problem.head_dim + problem.head_dim_v) * problem.dtype.itemsize
-    fit = max(1, L2_KEYS // keys) * problem.group
+    fit = max(SWIZZLE, L2_KEYS // keys) * problem.group
     pairs = problem.batch * problem.heads
     swizzle = 1
     while swizzle * 2 <= min(fit, pairs):
@@ -174,6 +175,7 @@ class Prepared(NamedTuple):
     tail: tuple  # arguments from `sizes` on, then the constants
     constants: dict[str, Any]
     grid: tuple[int, int, int]
+    draws: bool  # there are more tiles than programs
 
 
 def prepare(problem: Problem, ops: Operands, changes: tuple = ()) -> Prepared:
@@ -209,12 +211,13 @@ def prepare(problem: Problem, ops: Operands, changes: tuple = ()) -> Prepared:
     )  # fmt: skip
     info = device.info(q.device.index)
     assert info is not None
+    programs = min(tiles, info.multiprocessors)
     return Prepared(
-        boxes, out_shape, lse_shape, packed_q, tail, p.constants, (min(tiles, info.multiprocessors), 1, 1)
+        boxes, out_shape, lse_shape, packed_q, tail, p.constants, (programs, 1, 1), tiles > programs
     )
 
 
-def arguments(ready: Prepared, ops: Operands, out: Tensor, lse: Tensor, counter: Tensor) -> tuple:
+def arguments(ready: Prepared, ops: Operands, out: Tensor, lse: Tensor, counter: Tensor | None) -> tuple:
     """The arguments of the kernel, constants included."""
     q, k, v = ops[:3]
     q0, q1, k0, k1, v0, v1, o0, o1 = ready.boxes
@@ -226,19 +229,27 @@ def arguments(ready: Prepared, ops: Operands, out: Tensor, lse: Tensor, counter:
 
 
 _counters: dict[tuple[int, int], Tensor] = {}
+GRAPHS = 8192  # captured launches with a counter zeroed beforehand; later ones zero theirs in the graph
+_spare: dict[int, tuple[Tensor, list[int]]] = {}  # per device: zeros, and which of them are free
 
 
 def _counter(index: int, on: torch.device) -> Tensor:
     """Two zeros for the tile scheduler, which the kernel leaves at zero: launches that may overlap must not share them.
 
-    Launches of one stream follow each other. A captured graph may be replayed on any stream, so it gets its own.
+    Launches of one stream follow each other. A captured graph may be replayed on any stream, so each of its launches
+    gets its own, zeroed by an earlier call: filling it in the graph would cost each replay 2 us.
     """
     if torch.cuda.is_current_stream_capturing():
+        spare = _spare.get(index)
+        if spare and spare[1]:
+            return spare[0][spare[1].pop()]
         return torch.zeros(2, dtype=torch.int32, device=on)
     key = (index, torch._C._cuda_getCurrentRawStream(index))
     counter = _counters.get(key)
     if counter is None:
         counter = _counters[key] = torch.zeros(2, dtype=torch.int32, device=on)
+        if index not in _spare:
+            _spare[index] = torch.zeros(GRAPHS, 2, dtype=torch.int32, device=on), list(range(GRAPHS))
     return counter
 
 
@@ -268,7 +279,8 @@ def forward(problem: Problem, ops: Operands, changes: tuple = ()) -> tuple[Tenso
     lse = torch.empty(ready.lse_shape, dtype=torch.float32, device=q.device)
     if found is None and (q.numel() == 0 or ops.k.numel() == 0):
         return out.zero_(), lse.fill_(float("-inf"))
-    args = arguments(ready, ops, out, lse, _counter(q.device.index, q.device))
+    counter = _counter(q.device.index, q.device) if ready.draws else None
+    args = arguments(ready, ops, out, lse, counter)
     if found is None:
         values = args[: -len(ready.constants)]
         found = ready, launcher.prepare(attn_fwd_hopper, values, ready.constants, problem=problem)

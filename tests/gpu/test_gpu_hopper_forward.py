@@ -1,5 +1,7 @@
 """The Hopper forward on the GPU: every feature against the oracle, tile boundaries, repeatability, provoked races."""
 
+import json
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from flash_attn.forward import hopper_launch  # noqa: E402
 from flash_attn.problem import Operands  # noqa: E402
 from flash_attn.reference import attention as oracle  # noqa: E402
 from flash_attn.reference import eager  # noqa: E402
+from flash_attn.tuning import table  # noqa: E402
 from flash_attn.utils import device  # noqa: E402
 from flash_attn.utils.testing import assert_as_close_as_torch, nan_empty  # noqa: E402
 
@@ -64,17 +67,31 @@ def test_equals_the_oracle(case):
     check(case)
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_every_length_around_a_tile(head_dim, causal):
-    for n in (1, 2, 63, 64, 65, 127, 128, 129, 191, 192, 193, 255, 256, 257, 383, 385):
-        for m in (1, 64, 65, 128, 129, 192, 193):
-            check(
-                Case(
-                    "x", max_q=m, max_k=n, dtype=BF16, head_dim=head_dim, causal=causal, heads=2, kv_heads=1
-                ),
-                seed=n,
+def measured() -> list:
+    """(head dim, causal, config as changes) of every measured row, each config once."""
+    found = {}
+    for row in table.rows():
+        if row["direction"] == "hopper forward":
+            key = row["problem"]["head_dim"], row["problem"]["mask"] == "causal"
+            config = {k: tuple(v) if isinstance(v, list) else v for k, v in row["config"].items()}
+            found[(*key, json.dumps(config, sort_keys=True))] = (*key, tuple(config.items()))
+    return [
+        pytest.param(*row, id=f"{row[0]}_{'causal' if row[1] else 'full'}_{i}")
+        for i, row in enumerate(found.values())
+    ]
+
+
+MEASURED = measured()
+
+
+@pytest.mark.parametrize("head_dim, causal, config", MEASURED)
+def test_every_length_around_a_tile(head_dim, causal, config):
+    for n in (1, 2, 63, 64, 65, 127, 128, 129, 192, 193, 256, 257, 385):
+        for m in (1, 64, 65, 129, 193):
+            case = Case(
+                "x", max_q=m, max_k=n, dtype=BF16, head_dim=head_dim, causal=causal, heads=2, kv_heads=1
             )
+            check(case, config, seed=n)
 
 
 def test_many_sequences():
@@ -98,35 +115,38 @@ def test_strided_and_unaligned_inputs():
             assert torch.equal(got, w)
 
 
-REPEATED = [Case("x", batch=4, max_q=1024, max_k=1024, heads=16, kv_heads=16, head_dim=d, dtype=BF16, causal=c)
-            for d in (64, 128, 256) for c in (False, True)]  # fmt: skip
+def repeated(head_dim: int, causal: bool, **changes) -> Case:
+    sizes = dict(batch=4, max_q=1024, max_k=1024, heads=16, kv_heads=16) | changes
+    return Case("x", head_dim=head_dim, dtype=BF16, causal=causal, **sizes)
 
 
-@pytest.mark.parametrize("case", REPEATED, ids=lambda c: f"{c.head_dim}_{c.causal}")
-def test_repeats_bitwise(case):
-    built = build(case, device="cuda")
-    want = hopper_launch.forward(built.problem, built.operands)
+@pytest.mark.parametrize("head_dim, causal, config", MEASURED)
+def test_repeats_bitwise(head_dim, causal, config):
+    built = build(repeated(head_dim, causal), device="cuda")
+    want = hopper_launch.forward(built.problem, built.operands, config)
     different = torch.zeros((), dtype=torch.int64, device="cuda")
     for _ in range(1000):
-        for got, w in zip(hopper_launch.forward(built.problem, built.operands), want, strict=True):
+        for got, w in zip(hopper_launch.forward(built.problem, built.operands, config), want, strict=True):
             different += (got != w).sum()
     assert different.item() == 0
 
 
-@pytest.mark.parametrize("case", REPEATED, ids=lambda c: f"{c.head_dim}_{c.causal}")
-def test_random_delays_change_nothing(case):
+@pytest.mark.parametrize("head_dim, causal, config", MEASURED)
+def test_random_delays_change_nothing(head_dim, causal, config):
     """Sleeps before every wait of every role: a missing barrier would show."""
-    built = build(case, device="cuda")
-    want = hopper_launch.forward(built.problem, built.operands)
+    built = build(repeated(head_dim, causal), device="cuda")
+    want = hopper_launch.forward(built.problem, built.operands, config)
     for _ in range(5):
-        got = hopper_launch.forward(built.problem, built.operands, (("DELAY", 4095),))
+        got = hopper_launch.forward(built.problem, built.operands, (*config, ("DELAY", 4095)))
         assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
 
 
-def test_graph_replays_beside_eager_calls():
-    """A captured launch has a tile counter of its own."""
-    case = REPEATED[1]
-    built = build(case, device="cuda")
+@pytest.mark.parametrize(
+    "changes", [{}, dict(batch=1, max_q=128, max_k=128)], ids=["tiles_drawn", "one_tile_each"]
+)
+def test_graph_replays_beside_eager_calls(changes):
+    """A captured launch has a tile counter of its own, or needs none."""
+    built = build(repeated(64, True, **changes), device="cuda")
     want, _ = hopper_launch.forward(built.problem, built.operands)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
