@@ -43,8 +43,10 @@ def oracle(x, cos, sin, positions, interleaved, sign=1):
 
 
 def bound(expected, dtype):
-    """One rounding to `dtype` plus fp32 arithmetic."""
-    return expected.abs().max().item() * (torch.finfo(dtype).eps + 1e-6)
+    """One rounding to `dtype` plus fp32 arithmetic (fp64 for fp64)."""
+    return expected.abs().max().item() * (
+        torch.finfo(dtype).eps + (1e-15 if dtype == torch.float64 else 1e-6)
+    )
 
 
 def assert_close(actual, expected):
@@ -54,7 +56,7 @@ def assert_close(actual, expected):
 
 @STYLES
 @FRACTIONS
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("offset", ["int", "tensor"])
 @pytest.mark.parametrize("inplace", [False, True])
 def test_dense(interleaved, rotary_dim, dtype, offset, inplace):

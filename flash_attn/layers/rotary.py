@@ -1,6 +1,7 @@
 """Rotary position embedding with the names of FlashAttention-2's `flash_attn.layers.rotary`.
 
-On a GPU the work is done by `flash_attn.ops.triton.rotary`, elsewhere by torch. Both compute in fp32 and round once.
+On a GPU the work is done by `flash_attn.ops.triton.rotary`, elsewhere by torch. Both compute in fp32 (fp64 in fp64) and
+round once.
 """
 
 import torch
@@ -95,15 +96,16 @@ def _positions(
 def rotate_at(
     x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool, conjugate: bool = False
 ) -> Tensor:
-    """x (..., H, D) rotated in fp32 by the angles of `positions` (...); a position outside cos is left as it is."""
-    half = cos.shape[1]
+    """x (..., H, D) rotated in fp32 (fp64: in fp64) by the angles of `positions` (...); a position outside cos is left
+    as it is."""
+    half, wide = cos.shape[1], torch.promote_types(torch.float32, x.dtype)
     known = (positions >= 0) & (positions < cos.shape[0])
     row = positions.clamp(0, max(cos.shape[0] - 1, 0))
-    c = torch.where(known[..., None], cos[row].float(), 1.0).unsqueeze(-2)
-    s = torch.where(known[..., None], sin[row].float(), 0.0).unsqueeze(-2)
+    c = torch.where(known[..., None], cos[row].to(wide), 1.0).unsqueeze(-2)
+    s = torch.where(known[..., None], sin[row].to(wide), 0.0).unsqueeze(-2)
     if conjugate:
         s = -s
-    turned = x[..., : 2 * half].float()
+    turned = x[..., : 2 * half].to(wide)
     if interleaved:
         x0, x1 = turned[..., ::2], turned[..., 1::2]
         y = torch.stack((x0 * c - x1 * s, x1 * c + x0 * s), dim=-1).flatten(-2)
