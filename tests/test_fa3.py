@@ -268,6 +268,15 @@ def test_what_is_missing_is_refused_by_name(name):
             call(**{name: REFUSED[name]})
 
 
+def test_errors_of_a_cache_call_name_its_arguments():
+    """A call that appends nothing was told about k and seqused_k, which it had not passed."""
+    q, cache = torch.randn(2, 1, 4, 8), torch.randn(2, 6, 2, 8)
+    with pytest.raises(ArgumentValueError, match="k_cache must have at least a row"):
+        fa3.flash_attn_with_kvcache(q, cache[:1], cache[:1])
+    with pytest.raises(ArgumentTypeError, match="cache_seqlens must have dtype int32"):
+        fa3.flash_attn_with_kvcache(q, cache, cache, cache_seqlens=torch.tensor([1, 2]))
+
+
 def test_float8_is_refused_by_name():
     q = torch.randn(1, 4, 2, 16).to(torch.float8_e4m3fn)
     with pytest.raises(ArgumentTypeError, match="q must have dtype .* got torch.float8_e4m3fn"):

@@ -68,7 +68,8 @@ def test_every_operator_that_torchs_own_implementations_replace_is_replaced():
         for line in inspect.getsource(_fa3._fa3_register_kernels).splitlines()
         if line.strip().startswith('"_') or 'impl("_' in line
     }
-    assert {n for n in names if ".quantized" not in n} == set(pytorch.OPERATORS)
+    here = {n for n in pytorch.OPERATORS if hasattr(torch.ops.aten, n)}  # torch 2.11 lacks one
+    assert {n for n in names if ".quantized" not in n} == here
 
 
 @pytest.mark.parametrize("Hk", [4, 2])

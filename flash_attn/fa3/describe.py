@@ -34,8 +34,12 @@ def described(
     max_seqlen_k: int | None, page_table: Tensor | None, kv_batch_idx: Tensor | None, leftpad_k: Tensor | None,
     rotary_cos: Tensor | None, rotary_sin: Tensor | None, softmax_scale: float | None, causal: bool, window: Any,
     softcap: float, rotary_interleaved: bool = True, num_splits: int = 0, deterministic: bool = False,
+    is_cache: bool = False,
 ) -> tuple[Problem, Operands, Append | None]:  # fmt: skip
     """The description of any forward call of FlashAttention-3: dense, packed, paged or with a cache.
+
+    Args:
+        is_cache: the caller knows k, v and seqused_k as k_cache, v_cache and cache_seqlens, and errors shall too.
 
     Raises:
         UnsupportedError: packed queries together with an append or a cache index.
@@ -45,7 +49,8 @@ def described(
         page_table, kv_batch_idx = page_table.index_select(0, kv_batch_idx), None
     packed = dict(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_q=seqused_q)
     cache = dict(k=k_new, v=v_new, cache_batch_idx=kv_batch_idx, rotary_cos=rotary_cos, rotary_sin=rotary_sin)
-    if isinstance(seqused_k, int) or any(x is not None for x in cache.values()):
+    of_cache = is_cache and cu_seqlens_q is None
+    if of_cache or isinstance(seqused_k, int) or any(x is not None for x in cache.values()):
         for name, x in packed.items():
             if x is not None:
                 used = [n for n, y in cache.items() if y is not None] or ["cache_seqlens as an int"]

@@ -239,7 +239,7 @@ def flash_attn_with_kvcache(
         problem, ops, new = described(
             q, k_cache, v_cache, k, v, cu_seqlens_q, None, None, cache_seqlens, max_seqlen_q, None, page_table,
             cache_batch_idx, cache_leftpad, rotary_cos, rotary_sin, softmax_scale, causal, window_size, softcap,
-            rotary_interleaved, num_splits,
+            rotary_interleaved, num_splits, is_cache=True,
         )  # fmt: skip
         with torch.no_grad():
             out, lse = attention(problem, ops if new is None else run_append(problem, ops, new))
