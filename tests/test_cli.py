@@ -11,7 +11,7 @@ pytest.importorskip("matplotlib")
 
 from typer.testing import CliRunner  # noqa: E402
 
-from flash_attn.cli import bench, demo, env, explain, learn  # noqa: E402
+from flash_attn.cli import bench, cost, demo, env, explain, learn  # noqa: E402
 from flash_attn.cli.gpt import GPT, Shape, flash_attention, naive_attention  # noqa: E402
 
 
@@ -51,6 +51,31 @@ def test_explain_names_what_is_wrong(words, message):
     result = run(explain, "explain", *words)
     assert result.exit_code != 0
     assert message in " ".join(result.output.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    "module, words, message",
+    [
+        (bench, ["bench", "--device", "cpu", "--seqlens", "16,many"], "--seqlens must be positive integers"),
+        (bench, ["bench", "--device", "cpu", "--seqlens", "0"], "--seqlens must be positive integers"),
+        (bench, ["bench", "--device", "cpu", "--head-dims", ""], "--head-dims must be positive integers"),
+        (bench, ["bench", "--device", "abacus"], "--device must be one of cpu, cuda"),
+        (cost, ["cost", "--device", "h100"], "--device is what --calibrate measures"),
+        (cost, ["cost", "--phase", "decode", "--tensor", "8"], "--phase, --tensor: of a whole model"),
+    ],
+    ids=["not a number", "zero", "nothing", "device", "ignored", "ignored without a model"],
+)
+def test_options_that_cannot_be_followed_are_errors(module, words, message):
+    """The first three were tracebacks; the last two were ignored, so that --device h100 gave figures of an H200."""
+    result = run(module, *words)
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.replace("│", " ").split())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_bench_says_that_there_is_no_gpu():
+    result = run(bench, "bench", "--device", "cuda")
+    assert result.exit_code == 2 and "no GPU" in result.output
 
 
 def test_bench_writes_rows_table_and_plot(tmp_path):

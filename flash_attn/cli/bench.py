@@ -155,11 +155,11 @@ def register(app: typer.Typer) -> None:
         output: Annotated[Path, typer.Option(help="folder for the results")] = Path("bench-output"),
     ) -> None:
         """Time ours against the other implementations on this machine."""
-        device = device or args.default_device()
+        device = args.this_device(device)
         console = Console()
         problems = []
         for dtype in (dtypes or ("bf16,fp32" if device == "cpu" else "bf16")).split(","):
-            for head_dim in map(int, head_dims.split(",")):
+            for head_dim in args.integers("--head-dims", head_dims):
                 for mask in masks.split(","):
                     args.choose("--masks", mask, {"full": 0, "causal": 0})
                     problems += [
@@ -177,7 +177,7 @@ def register(app: typer.Typer) -> None:
                             dropout=0.0,
                             device=device,
                         )  # fmt: skip
-                        for length in map(int, seqlens.split(","))
+                        for length in args.integers("--seqlens", seqlens)
                     ]
         for direction in directions.split(","):
             args.choose("--directions", direction, dict.fromkeys(dispatch.DIRECTIONS))

@@ -63,6 +63,17 @@ def register(app: typer.Typer) -> None:
         results: Annotated[Path | None, typer.Option(help="folder of measured rows; default: bench/results")] = None,
     ) -> None:  # fmt: skip
         """Operations, bytes, time and memory of attention or of a whole model, and what dominates."""
+        if device and not calibrate_:
+            raise typer.BadParameter(
+                "--device is what --calibrate measures; --hardware names the GPU of an estimate"
+            )
+        if not model:
+            of_models = dict(phase=phase != "prefill", tensor=tensor != 1, pipeline=pipeline != 1, kv_dtype=kv_dtype,
+                             sequence=sequence != 1, context=context != 1, micro_batches=micro_batches,
+                             recompute=recompute)  # fmt: skip
+            given = ["--" + name.replace("_", "-") for name, value in of_models.items() if value]
+            if given:
+                raise typer.BadParameter(f"{', '.join(given)}: of a whole model, which --model names")
         console = Console()
         files = Files(png, csv, json)
         try:

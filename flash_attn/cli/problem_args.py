@@ -36,6 +36,17 @@ def choose(name: str, value: str, known: dict):
     return known[value]
 
 
+def integers(name: str, text: str) -> list[int]:
+    """The positive integers of a list such as 512,2048."""
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or min(values) < 1:
+        raise typer.BadParameter(f"{name} must be positive integers such as 512,2048, got {text!r}")
+    return values
+
+
 def parse_window(text: str) -> tuple[int, int]:
     try:
         left, right = (int(part) for part in text.split(","))
@@ -68,6 +79,15 @@ def on_device(name: str) -> tuple[str, AbstractContextManager]:
         known = ", ".join(["cpu", "cuda", *devices.KNOWN])
         raise typer.BadParameter(f"--device must be one of {known}, got {name!r}")
     return "cuda", devices.assume(devices.KNOWN[name])
+
+
+def this_device(name: str) -> str:
+    """`name` ("cpu" or "cuda"; empty: the GPU if there is one), on which something is to be measured here."""
+    name = name or default_device()
+    choose("--device", name, dict.fromkeys(("cpu", "cuda")))
+    if name == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("--device is cuda, and torch sees no GPU here")
+    return name
 
 
 def default_device() -> str:

@@ -45,8 +45,8 @@ def register(app: typer.Typer) -> None:
                 dropout=0.0,
                 device="cuda",
             )  # fmt: skip
-            for head_dim in map(int, head_dims.split(","))
-            for length in map(int, seqlens.split(","))
+            for head_dim in args.integers("--head-dims", head_dims)
+            for length in args.integers("--seqlens", seqlens)
             for causal in (False, True)
         ]
         work = [(problem, direction) for problem in problems for direction in search.DIRECTIONS]
