@@ -36,7 +36,7 @@ def wheel(tmp_path_factory) -> Path:
         shutil.copy(ROOT / name, source)
     for path in ROOT.glob("*.py"):
         shutil.copy(path, source)
-    for path in ROOT.glob("flash_attn*/"):
+    for path in filter(Path.is_dir, ROOT.glob("flash_attn*")):
         if path.suffix != ".egg-info":
             shutil.copytree(path, source / path.name, ignore=shutil.ignore_patterns("__pycache__"))
     run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", source / "dist", source)
