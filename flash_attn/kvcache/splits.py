@@ -60,19 +60,18 @@ def configs(problem: Problem, shared_memory: int, multiprocessors: int) -> tuple
     elif share > 1:
         first = (large, 2)
     elif problem.paged:
-        first = (large, 4 if share * problem.max_k >= 2048 else 3)
-    elif itemsize == 4:
-        first = (large, 3)
-    elif (problem.head_dim + problem.head_dim_v) * itemsize * small < TILE_BYTES // 2:
-        # few bytes a key: a step takes its time whatever it reads, so it should read more
+        first = (large, 4 if share * problem.max_k >= 2048 and d + dv < 512 else 3)
+    elif small < 64 or (problem.head_dim + problem.head_dim_v) * itemsize * small < TILE_BYTES // 2:
+        # a step takes its time however little it reads: few keys, or few bytes a key, want larger steps
         first = (large, 4 if (d + dv) * itemsize * large <= TILE_BYTES // 2 else 3)
     else:
         first = (small, 4)
+    warps = 8 if block_m * dv > 64 * 128 or d + dv >= 512 else 4
     found = []
     for block_n, stages in (first, (large, 3), (small, 3), (small, 2), (16, 2), (16, 1)):
         used = max(stages - 1, 1) * block_n * (d + dv) + block_m * (d + block_n)
         if used * itemsize <= shared_memory or stages == 1:
-            found.append(FwdConfig(block_m, block_n, 8 if block_m * dv > 64 * 128 else 4, stages))
+            found.append(FwdConfig(block_m, block_n, warps, stages))
     return tuple(found)
 
 
