@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -136,6 +137,35 @@ def test_build_and_run_without_nvcc_says_what_is_left(tmp_path):
     )
     assert done.returncode == 1
     assert "Missing: nvcc" in done.stdout and "flash-attn learn" in done.stdout and "No torch" in done.stdout
+
+
+def test_the_rows_of_a_measurement(emulated, monkeypatch):
+    """Everything of `measure` but the clock: what is timed beside what, and how a row reads."""
+    from learn.cuda import measure
+
+    monkeypatch.setattr(measure, "DEVICE", "cpu")
+    monkeypatch.setattr(measure, "TOKENS", 64)
+    monkeypatch.setattr(measure, "WIDTH", 128)
+    monkeypatch.setattr(
+        measure, "race", lambda runs, rounds, least: {n: 1e-3 * (i + 1) for i, n in enumerate(runs)}
+    )
+    names = [step for step in ladder.steps() if step.startswith(("step_09", "step_11", "step_12", "step_13"))]
+    words = SimpleNamespace(rounds=1, least=0.0)
+    rows = measure.measure_cell({name: emulated(name) for name in names}, 64, 32, words)
+    full = {row["step"]: row for row in rows if row["peer"] == "FA2" and row["direction"] == "forward"}
+    assert set(full) == {"FA2", *names}
+    backward = next(
+        row for row in rows if row["direction"] == "backward" and row["step"] == "step_12_backward"
+    )
+    # 2.5 times 4 B M N H D over 2 ms, half the speed of the peer's 1 ms
+    assert backward["tflops"] == pytest.approx(2.5 * 4 * 64 * 32 * 128 / 2e-3 / 1e12)
+    assert backward["of_peer"] == 0.5
+    assert {row["dtype"] for row in rows if row["step"].startswith("step_13")} == {
+        "float16",
+        "bfloat16",
+        "float32",
+    }
+    assert "0.50 of FA2" in measure.describe(backward)
 
 
 def test_learn_lists_the_ladder():

@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from learn.cuda import ladder
 
 TOKENS, WIDTH = 16384, 2048  # batch * seqlen and heads * head_dim of every row
+DEVICE = "cuda"
 PEAK_TFLOPS = 989.4  # dense fp16 of an H200, datasheet
 
 
@@ -64,21 +65,24 @@ def race(runs: dict, rounds: int, least_s: float) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def row_of(name: str, time_s: float, peer: str, peer_s: float, d: int, s: int, case: dict) -> dict:
+    """One row; `of_peer` is the speed relative to the peer in the same race."""
+    share = (0.5 if case["causal"] else 1) * (2.5 if case["direction"] == "backward" else 1)
+    tflops = 4 * TOKENS * s * WIDTH * share / time_s / 1e12
+    row = {"step": name, "head_dim": d, "seqlen": s, **case, "time_s": time_s, "tflops": tflops}
+    return row | {"of_peak": tflops / PEAK_TFLOPS, "peer": peer, "of_peer": peer_s / time_s}
+
+
 def measure_cell(libraries: dict, d: int, s: int, words) -> list[dict]:
     """Rows of one head_dim and seqlen."""
     shape = (TOKENS // s, s, WIDTH // d, d)
-    q, k, v, dout = (torch.randn(shape, device="cuda", dtype=torch.float16) for _ in range(4))
+    q, k, v, dout = (torch.randn(shape, device=DEVICE, dtype=torch.float16) for _ in range(4))
     rows: list[dict] = []
 
-    def add(runs: dict, direction: str, causal: bool, base: str, dtype: str = "float16") -> None:
+    def add(runs: dict, direction: str, causal: bool, peer: str, dtype: str = "float16") -> None:
         times = race(runs, words.rounds, words.least)
-        flop = 4 * TOKENS * s * WIDTH * (0.5 if causal else 1) * (2.5 if direction == "backward" else 1)
-        for name, time_s in times.items():
-            rows.append(
-                {"step": name, "direction": direction, "causal": causal, "head_dim": d, "seqlen": s, "time_s": time_s,
-                 "tflops": flop / time_s / 1e12, "of_peak": flop / time_s / 1e12 / PEAK_TFLOPS,
-                 "of_fa2": times[base] / time_s}
-            )  # fmt: skip
+        case = {"direction": direction, "causal": causal, "dtype": dtype}
+        rows.extend(row_of(name, time_s, peer, times[peer], d, s, case) for name, time_s in times.items())
 
     def forwards(first: str = "", **options) -> dict:
         return {
@@ -121,7 +125,8 @@ def describe(row: dict) -> str:
     mask = "causal" if row["causal"] else "full"
     return (
         f"{row['step']:28} {row['dtype']:8} {row['direction']:8} {mask:6} D={row['head_dim']:3} S={row['seqlen']:5} "
-        f"{row['time_s'] * 1e3:9.3f} ms {row['tflops']:7.1f} TFLOP/s {row['of_peak']:6.1%} of peak {row['of_fa2']:5.2f}"
+        f"{row['time_s'] * 1e3:9.3f} ms {row['tflops']:7.1f} TFLOP/s {row['of_peak']:6.1%} of peak "
+        f"{row['of_peer']:5.2f} of {row['peer']}"
     )
 
 
