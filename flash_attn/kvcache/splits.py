@@ -54,19 +54,20 @@ def configs(problem: Problem, shared_memory: int, multiprocessors: int) -> tuple
     # the largest power of two (a tile has no other length) of keys whose rows fit: d + dv need not be one
     large = max(16, min(128, _power(TILE_BYTES // ((d + dv) * itemsize) + 1) // 2))
     small = max(16, large // 2)
+    wide = problem.head_dim + problem.head_dim_v >= 512 and itemsize < 4
     share = programs(problem, block_m) / multiprocessors
     if problem.num_splits == 1:
         first = (large, 3)
     elif share > 1:
         first = (large, 2)
     elif problem.paged:
-        first = (large, 4 if share * problem.max_k >= 2048 and d + dv < 512 else 3)
+        first = (large, 4 if share * problem.max_k >= 2048 and not wide else 3)
     elif small < 64 or (problem.head_dim + problem.head_dim_v) * itemsize * small < TILE_BYTES // 2:
         # a step takes its time however little it reads: few keys, or few bytes a key, want larger steps
         first = (large, 4 if (d + dv) * itemsize * large <= TILE_BYTES // 2 else 3)
     else:
         first = (small, 4)
-    warps = 8 if block_m * dv > 64 * 128 or d + dv >= 512 else 4
+    warps = 8 if block_m * dv > 64 * 128 or wide else 4
     found = []
     for block_n, stages in (first, (large, 3), (small, 3), (small, 2), (16, 2), (16, 1)):
         used = max(stages - 1, 1) * block_n * (d + dv) + block_m * (d + block_n)
