@@ -10,7 +10,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from flash_attn.backward import hopper_narrow, hopper_wide
 from flash_attn.backward.hopper_ops import stacked
-from flash_attn.backward.hopper_tiles import produce, write_dq
+from flash_attn.backward.hopper_tiles import produce, write_dq, zero_ahead
 
 
 @gluon.jit
@@ -21,9 +21,11 @@ def attn_bwd_hopper(
     dk_desc, dv_desc,  # like those of k and v
     units,  # of q, dout, k, v, dk, dv: (batch stride, row stride) in 16 bytes; None unless ragged
     dq_acc,  # the same sums, for reductions from registers
+    zeroed,  # programs that have zeroed their share of a pair's sums
     turns,  # programs that have added to each piece of dQ; None unless ordered
     seqs,  # (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k), each may be None
-    sizes,  # (max_q, max_k, heads, kv_heads, batch * kv_heads, width of a group, key tiles, padded query tiles)
+    sizes,  # (max_q, max_k, heads, kv_heads, batch * kv_heads, width of a group, key tiles, padded query tiles,
+    # how many pairs ahead sums are zeroed)
     band,  # keys (left, right) of the diagonal
     scores,  # `tile/score.py: factors`
     scale,
@@ -65,23 +67,25 @@ def attn_bwd_hopper(
     loaded = (q_s, do_s, k_s, v_s, lse_s, delta_s)
     # 240 registers for a consumer's thread, 24 for the producer's
     problem = (seqs, sizes, band, scores, scale)
-    load = (loads, units, turns, loaded, bars, problem)
+    load = (loads, units, zeroed, turns, loaded, bars, problem)
     if T.D == 256:
         rings = (q_s, do_s, k_s, v_s, lse_s, delta_s, other_s, ds_s)
         work = ((dk_desc, dv_desc), units, dq_acc, turns, rings, bars, problem)
         gl.warp_specialize([
             (hopper_wide.consume, (work, 0, F, T)), (hopper_wide.consume, (work, 1, F, T)), (produce, (load, F, T)),
-        ], [4, 1], [240, 24])  # fmt: skip
+            (zero_ahead, (dq_acc, zeroed, seqs, sizes, T)),
+        ], [4, 1, 1], [240, 24, 24])  # fmt: skip
     else:
         rings = (q_s, do_s, k_s, v_s, lse_s, delta_s, ds_s, other_s)
         tile = ((dq_desc, dk_desc, dv_desc), units, rings, bars, problem)
         if T.ORDERED:
+            write = (dq_desc, dq_acc, zeroed, turns, other_s, bars, problem)
             gl.warp_specialize([
                 (hopper_narrow.consume, (tile, 0, F, T)), (hopper_narrow.consume, (tile, 1, F, T)),
-                (produce, (load, F, T)), (write_dq, ((dq_desc, turns, other_s, bars, problem), F, T)),
-            ], [4, 1, 1], [240, 24, 24])  # fmt: skip
+                (produce, (load, F, T)), (write_dq, (write, 0, F, T)), (write_dq, (write, 1, F, T)),
+            ], [4, 1, 1, 1], [240, 24, 24, 24])  # fmt: skip
         else:
             gl.warp_specialize([
                 (hopper_narrow.consume, (tile, 0, F, T)), (hopper_narrow.consume, (tile, 1, F, T)),
-                (produce, (load, F, T)),
-            ], [4, 1], [240, 24])  # fmt: skip
+                (produce, (load, F, T)), (zero_ahead, (dq_acc, zeroed, seqs, sizes, T)),
+            ], [4, 1, 1], [240, 24, 24])  # fmt: skip

@@ -14,6 +14,7 @@ from flash_attn.problem import Gradients, Operands, Problem
 
 LOG2E = 1.4426950408889634
 _UNIT = 8  # elements of 16 bits in the 16 bytes that TMA counts in
+_AHEAD = 264  # programs between zeroing a sum of dQ and adding to it: two for each SM of an H200
 _MAX_INT = 0x7FFF0000  # the largest extent that TMA was seen to take
 
 
@@ -35,12 +36,13 @@ class Schedule(NamedTuple):
     BLOCK_N: int  # keys of a program
     STAGES: int  # ring of Q and dO tiles
     DS_STAGES: int  # dS buffers
-    ORDERED: bool = False  # programs add to dQ in a fixed order
+    DEFER: bool = False  # dQ of a step is computed in the next one
+    ORDERED: bool = False  # programs add to dQ in a fixed order; up to 128, warps of their own do it
+    DELAY: int = 0  # debug build: warps sleep up to so many nanoseconds here and there, to provoke races
 
 
 def supports(problem: Problem) -> str | None:
     """Why the Hopper backward cannot run `problem`; None when it can."""
-    D = _padded(max(problem.head_dim, problem.head_dim_v))
     checks = (
         (
             problem.dtype not in (torch.bfloat16, torch.float16),
@@ -59,9 +61,6 @@ def supports(problem: Problem) -> str | None:
         (problem.paged, "paged keys have no backward"),
         (problem.leftpad, "left-padded keys"),
         (problem.batch_idx, "cache_batch_idx"),
-        (problem.sink and D == 256, "the gradient of a sink at head dimensions above 128 missed its test on the GPU"),
-        # the ordered sum is built and tested directly (tests/gpu); drop this line once those tests pass on a GPU
-        (problem.deterministic, "its ordered sum of dQ has not passed its tests on a GPU yet"),
     )  # fmt: skip
     return next((reason for refused, reason in checks if refused), None)
 
@@ -83,12 +82,16 @@ def schedule(problem: Problem) -> Schedule:
     DV = _padded(problem.head_dim_v)
     # queries a step, keys of a program, ring of Q and dO, buffers of dS: what registers and shared memory hold
     tile = {64: (128, 128, 2, 2), 128: (64, 128, 2, 2), 256: (64, 64, 2, 1)}[D]
-    return Schedule(D, DV, *tile, ORDERED=problem.deterministic)
+    T = Schedule(D, DV, *tile, ORDERED=problem.deterministic)
+    # with few steps a key tile, the step more that this costs is not won back
+    if D == 64 and (problem.right is None or problem.max_q > 2048):
+        T = T._replace(DEFER=True, DS_STAGES=3)
+    return T
 
 
 def group_width(problem: Problem) -> int:
     """(batch, kv head) pairs whose key tiles alternate: as many as keep their Q and dO in 16 MiB of L2."""
-    if problem.right is None:
+    if problem.right is None and not problem.deterministic:
         return 1
     bytes_of_pair = problem.max_q * (problem.head_dim + problem.head_dim_v) * 2 * problem.group
     width, fit = 1, max(1, (16 << 20) // bytes_of_pair)
@@ -107,6 +110,7 @@ class Plan(NamedTuple):
     width: int
     blocks: int  # of ROWS padded query rows, for the kernel before
     rows: int
+    ahead: int  # (batch, kv head) pairs whose sums of dQ are zeroed before the main kernel; it zeroes so far ahead
 
 
 @lru_cache(maxsize=1024)
@@ -132,7 +136,9 @@ def plan(problem: Problem, T: Schedule | None = None) -> Plan:
     )  # fmt: skip
     rows = 64 if T.D <= 128 else 32
     blocks = -(-problem.max_q // T.BLOCK_M) * T.BLOCK_M // rows
-    return Plan(T, F, boxes, -(-problem.max_k // T.BLOCK_N), group_width(problem), blocks, rows)
+    key_tiles, width = -(-problem.max_k // T.BLOCK_N), group_width(problem)
+    ahead = -(-_AHEAD // (key_tiles * width)) * width
+    return Plan(T, F, boxes, key_tiles, width, blocks, rows, ahead)
 
 
 def addressable(x: Tensor) -> bool:
@@ -216,6 +222,8 @@ def backward(
         return Gradients(dq, dk, dv, None if ops.sink is None else torch.zeros_like(ops.sink))
     from flash_attn.utils import replay
 
+    # the kernel before sums delta in an order that depends on how wide it may load: only one is compiled
+    out, dout = for_tma(out), for_tma(dout)
     p = plan(problem)
     T, where = p.T, ops.q.device
     tiles = query_tiles(problem, ops.q.shape[0], T.BLOCK_M)
@@ -223,16 +231,17 @@ def backward(
     work = Workspace(
         torch.empty(padded * 2, dtype=torch.float32, device=where),
         torch.empty(padded * T.D, dtype=torch.float32, device=where),
+        torch.empty(problem.batch * problem.kv_heads, dtype=torch.int32, device=where),
         torch.empty(problem.heads * tiles * 2, dtype=torch.int32, device=where) if T.ORDERED else None,
         tiles,
     )
-    tensors = (*ops[:7], out, dout, lse, dlse, *work[:3], dq, dk, dv)
+    tensors = (*ops[:7], out, dout, lse, dlse, *work[:4], dq, dk, dv)
     key = ("hopper", problem, where.index, id(p), ops.q.shape, ops.k.shape, replay.layout(tensors))
     if replay.again(key, tensors):
         return Gradients(dq, dk, dv)
     with replay.record(key, tensors, p):
         dsink_parts = _before(problem, p, ops, out, lse, dout, dlse, work)
-        _main(problem, p, ops, for_tma(dout), work, dk, dv)
+        _main(problem, p, ops, dout, work, dk, dv)
         _after(problem, p, ops, work, dq)
         if problem.varlen_q or problem.varlen_k:
             _zero_rest(problem, ops, dq, dk, dv)
@@ -243,6 +252,7 @@ def backward(
 class Workspace(NamedTuple):
     stats: Tensor  # fp32 per padded query tile: BLOCK_M of -lse, BLOCK_M of -delta
     dq_acc: Tensor  # fp32 sums of dQ, padded query tiles in the order of an accumulator
+    zeroed: Tensor  # int32 per (batch, kv head): programs that have zeroed their share of its sums
     turns: Tensor | None  # int32 (heads, tiles, 2): programs that have added to a piece of dQ
     tiles: int  # padded query tiles a head
 
@@ -273,16 +283,16 @@ def _before(problem, p, ops, out, lse, dout, dlse, work) -> Tensor | None:
     # the main kernel adds outer * (q.k + initial value), or with a softcap or at 256 uses the base-2 lse itself
     lse_scale = LOG2E if T.D == 256 or problem.softcap > 0 else 1.0 / problem.scale
     args = (
-        out, dout, lse, dlse, ops.sink, work.stats, work.dq_acc, work.turns, parts,
+        out, dout, lse, dlse, ops.sink, work.stats, work.dq_acc, work.zeroed, work.turns, parts,
         _strides(out, packed), _strides(dout, packed),
         _row_strides(lse, packed), _row_strides(dlse, packed), (ops.cu_seqlens_q, ops.seqused_q),
-        (problem.max_q, work.tiles), lse_scale,
+        (problem.max_q, work.tiles, problem.kv_heads, p.ahead, p.key_tiles), lse_scale,
     )  # fmt: skip
     constants = dict(BLOCK_M=T.BLOCK_M, ROWS=p.rows, D=T.D, DV=T.DV, DIM_V=problem.head_dim_v)
     sink = None if ops.sink is None else ops.sink.dtype
     key = (
-        "before", p.T, problem.head_dim_v, problem.dtype, out.device.index, addressable(out), addressable(dout),
-        dlse is None, sink, problem.varlen_q, problem.seqused_q,
+        "before", p.T, problem.head_dim_v, problem.dtype, out.device.index, dlse is None, sink,
+        problem.varlen_q, problem.seqused_q,
     )  # fmt: skip
     _launch(bwd_before, (p.blocks, problem.heads, problem.batch), args, constants, problem, key)
     return parts
@@ -309,9 +319,10 @@ def main_arguments(
         _tiles_of(q, F.ragged, of_q), _tiles_of(dout, F.ragged, of_dout), _tiles_of(k, F.ragged, of_k),
         _tiles_of(v, F.ragged, of_v), Box(work.stats, [work.stats.numel()], [1], *of_stats), sums,
         _tiles_of(dk, F.ragged, of_k), _tiles_of(dv, F.ragged, of_v), units,
-        work.dq_acc, work.turns,
+        work.dq_acc, work.zeroed, work.turns,
         (ops.cu_seqlens_q, ops.cu_seqlens_k, ops.seqused_q, ops.seqused_k),
-        (problem.max_q, problem.max_k, problem.heads, problem.kv_heads, pairs, p.width, p.key_tiles, work.tiles),
+        (problem.max_q, problem.max_k, problem.heads, problem.kv_heads, pairs, p.width, p.key_tiles, work.tiles,
+         p.ahead),
         (problem.left or 0, problem.right or 0), factors(problem.scale, problem.softcap), problem.scale,
     )  # fmt: skip
     return (p.key_tiles * pairs, 1, 1), args, dict(F=F, T=p.T)

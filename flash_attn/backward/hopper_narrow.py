@@ -21,13 +21,16 @@ from flash_attn.backward.hopper_tiles import (
     BAR_DQ,
     BAR_DS,
     BAR_Q,
+    BAR_READY,
     box,
+    direction,
+    first_tile,
     needs_mask,
     place,
     query_range,
     unmasked_range,
 )
-from flash_attn.tile.hopper import barrier_arrive, barrier_sync, tma_reduce_add, tma_store
+from flash_attn.tile.hopper import barrier_arrive, barrier_sync, random_delay, tma_reduce_add, tma_store
 from flash_attn.tile.score import capped, dcapped
 
 
@@ -103,11 +106,19 @@ def consume(work, WG: gl.constexpr, F: gl.constexpr, T: gl.constexpr):
     v_w = v_s.index(WG).reshape([64, DV])
     dk = gl.zeros([64, D], gl.float32, KL)
     dv = gl.zeros([64, DV], gl.float32, VL)
-    m = m_lo
+    STEP: gl.constexpr = direction(F, T)
+    m = first_tile(m_lo, m_hi, STEP)
     qt = hk * group * sizes[7] + tile0 + m
+    if T.DEFER:
+        # the first step adds the dQ of nothing to its own tile
+        ds_s.index(2 * (T.DS_STAGES - 1) + WG).store(gl.zeros([64, BLOCK_M], dtype, SL))
+        fence_async_shared()
+        barrier_arrive(BAR_READY + WG + 2, 256)
     if total > 0:
         mbarrier.wait(kv_full.index(0), 0)
     for it in range(total):
+        if T.DELAY:
+            random_delay(T.DELAY)
         st = it % STAGES
         ph = (it // STAGES) & 1
         q = q_s.index(st).reshape([BLOCK_M, D])
@@ -136,12 +147,20 @@ def consume(work, WG: gl.constexpr, F: gl.constexpr, T: gl.constexpr):
         slot = it % T.DS_STAGES
         ds_s.index(slot * 2 + WG).store(ds16)
         fence_async_shared()
-        barrier_sync(BAR_DS, 256)
+        if T.DEFER:
+            barrier_sync(BAR_READY + (1 - WG) + 2 * ((it + 1) % 2), 256)
+            slot = (it + T.DS_STAGES - 1) % T.DS_STAGES
+        else:
+            barrier_sync(BAR_DS, 256)
         ds0, ds1, k0, k1 = _dq_operands(ds_s, k_s, slot, WG, COLS, T)
         part = warpgroup_mma(ds0, k0, gl.zeros([64, COLS], gl.float32, QL), use_acc=False, is_async=True)
         part = warpgroup_mma(ds1, k1, part, is_async=True)
         dk = warpgroup_mma(ds_r, q, dk, is_async=True)
         dv, part = warpgroup_mma_wait(1, deps=(dv, part))
+        if T.DELAY:
+            random_delay(T.DELAY)
+        if T.DEFER:
+            barrier_arrive(BAR_READY + WG + 2 * (it % 2), 256)
         barrier_arrive(BAR_DO + st, 288)
         if T.ORDERED:
             mbarrier.wait(bars[3].index(WG), (it & 1) ^ 1)
@@ -155,11 +174,36 @@ def consume(work, WG: gl.constexpr, F: gl.constexpr, T: gl.constexpr):
             tma_reduce_add(dq_desc, [(qt * 2 + WG) * (64 * COLS // 256), 0], dq_s.index(WG))
         dk = warpgroup_mma_wait(0, deps=(dk,))
         barrier_arrive(BAR_Q + st, 288)
-        m += 1
-        qt += 1
-        if m == m_hi:
-            m = m_lo
-            qt += sizes[7] - (m_hi - m_lo)
+        if T.DEFER:
+            qt += gl.where(it > 0, 1, 0)
+            if m == m_lo:
+                qt += gl.where(it > 0, sizes[7] - (m_hi - m_lo), 0)
+            m += STEP
+            if (m == m_hi) | (m < m_lo):
+                m = first_tile(m_lo, m_hi, STEP)
+        else:
+            m += STEP
+            qt += STEP
+            if (m == m_hi) | (m < m_lo):
+                m = first_tile(m_lo, m_hi, STEP)
+                qt += sizes[7] - (m_hi - m_lo) * STEP
+    if T.DEFER:  # noqa: SIM102
+        if total > 0:
+            barrier_sync(BAR_READY + (1 - WG) + 2 * ((total - 1) % 2), 256)
+            ds0, ds1, k0, k1 = _dq_operands(ds_s, k_s, (total - 1) % T.DS_STAGES, WG, COLS, T)
+            part = warpgroup_mma(ds0, k0, gl.zeros([64, COLS], gl.float32, QL), use_acc=False, is_async=True)
+            part = warpgroup_mma(ds1, k1, part, is_async=True)
+            part = warpgroup_mma_wait(0, deps=(part,))
+            if T.ORDERED:
+                mbarrier.wait(bars[3].index(WG), (total & 1) ^ 1)
+            else:
+                tma.store_wait(0)
+            dq_s.index(WG).store(fragment_rows(part, COLS // 8))
+            fence_async_shared()
+            if T.ORDERED:
+                barrier_arrive(BAR_DQ + WG, 160)
+            else:
+                tma_reduce_add(dq_desc, [(qt * 2 + WG) * (64 * COLS // 256), 0], dq_s.index(WG))
     barrier_sync(BAR_DS, 256)  # the other warpgroup has read its last K, and this one's dS
     n, hk, q_side, k_side = place(program_again(), seqs, sizes, F, T)
     row, slot = n * T.BLOCK_N + WG * 64, k_side[2]

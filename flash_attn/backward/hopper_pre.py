@@ -8,22 +8,29 @@ from flash_attn.tile.rows import sequence
 
 @triton.jit
 def bwd_before(
-    out, dout, lse, dlse, sink, stats, dq_acc, turns, dsink,
+    out, dout, lse, dlse, sink, stats, dq_acc, zeroed, turns, dsink,
     out_strides, dout_strides,  # (batch, seq, head)
     of_lse_strides, of_dlse_strides,  # (batch, head, row)
     seqs,  # (cu_seqlens_q, seqused_q)
-    sizes,  # (max_q, padded query tiles)
+    sizes,  # (max_q, padded query tiles, kv_heads, pairs whose sums are zeroed here, key tiles)
     lse_scale,
     BLOCK_M: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DIM_V: tl.constexpr,
 ):  # fmt: skip
-    """Per query row: -lse * lse_scale and -delta, delta = rowsum(dout * out) - dlse; zeroes dq_acc and turns.
+    """Per query row: -lse * lse_scale and -delta, delta = rowsum(dout * out) - dlse; zeroes turns, and dq_acc of
+    the first pairs: the main kernel zeroes the others as it goes (`hopper_tiles.zero_ahead`).
 
     Rows that must give P = 0 (past the end, or seeing no key: lse of either infinity) get -inf and delta 0, so the
     main kernel needs no query mask. With a sink, dsink gets each program's -sum exp(sink - lse) * delta.
     Grid (blocks of ROWS padded rows, heads, batch).
     """
-    i, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    max_q, tiles = sizes
+    # backwards: what the main kernel reads first is then still in L2
+    i, h = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
+    b = tl.num_programs(2) - 1 - tl.program_id(2)
+    max_q, tiles, kv_heads, first_pairs, key_tiles = sizes
+    group = tl.num_programs(1) // kv_heads
+    pair = b * kv_heads + h // group
+    if i == 0:
+        tl.store(zeroed + pair, tl.where(pair < first_pairs, key_tiles, 0))
     start, slot = sequence(seqs[0], None, max_q, b)
     used = slot
     if seqs[1] is not None:
@@ -81,9 +88,10 @@ def bwd_before(
             starts = (rows < padded) & (rows % BLOCK_M == 0)
             tl.store(at_turns, tl.zeros([ROWS], tl.int32), starts)
             tl.store(at_turns + 1, tl.zeros([ROWS], tl.int32), starts)
-        at_acc = tl.multiple_of(dq_acc + block * (BLOCK_M * D), 16)
-        at_acc = at_acc + (rows * D)[:, None] + tl.arange(0, D)[None, :]
-        tl.store(at_acc, tl.zeros([ROWS, D], tl.float32), (rows < padded)[:, None])
+        if pair < first_pairs:
+            at_acc = tl.multiple_of(dq_acc + block * (BLOCK_M * D), 16)
+            at_acc = at_acc + (rows * D)[:, None] + tl.arange(0, D)[None, :]
+            tl.store(at_acc, tl.zeros([ROWS, D], tl.float32), (rows < padded)[:, None])
     if sink is not None:
         tl.store(dsink + (h * tl.num_programs(2) + b) * tl.num_programs(0) + i, loss)
 
@@ -102,7 +110,9 @@ def bwd_after(
     Grid (pieces of 64 rows by D or D / 2 columns, heads, batch).
     """
     COLS: tl.constexpr = D if BLOCK_M == 128 else D // 2
-    i, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    # backwards: what the main kernel wrote last is still in L2
+    i, h = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
+    b = tl.num_programs(2) - 1 - tl.program_id(2)
     start, slot = sequence(cu_seqlens_q, None, sizes[0], b)
     first = b * ((sizes[0] + BLOCK_M - 1) // BLOCK_M)
     at = b.to(tl.int64) * dq_strides[0]

@@ -10,47 +10,58 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from flash_attn.backward.hopper_ops import bulk_wait_all, count_up, fence_gpu, spin_until
-from flash_attn.tile.hopper import barrier_sync, tma_load, tma_reduce_add, tma_rows
+from flash_attn.tile.hopper import barrier_sync, random_delay, tma_load, tma_reduce_add, tma_rows
 from flash_attn.tile.rows import sequence
 
 # Hardware named barriers. 288 threads: the producer warp and both warpgroups; 256: both warpgroups; 128: one.
 BAR_Q: gl.constexpr = gl.constexpr(12)  # + stage: Q (and the row statistics) may be overwritten
 BAR_DO: gl.constexpr = gl.constexpr(14)  # + stage: dO may be overwritten
 BAR_DS: gl.constexpr = gl.constexpr(11)  # both warpgroups have written their part
-BAR_DQ: gl.constexpr = gl.constexpr(7)  # + warpgroup: its piece of dQ waits for the writer warp (160 threads)
+BAR_READY: gl.constexpr = gl.constexpr(5)  # + warpgroup + 2 * (step % 2): its dS is written
+BAR_DQ: gl.constexpr = gl.constexpr(9)  # + warpgroup: its piece of dQ waits for the writer warp (160 threads)
 
 
 @gluon.jit
-def place(program, seqs, sizes, F: gl.constexpr, T: gl.constexpr):
-    """(key tile, kv head, query side, key side) of a program. A pair is a (batch, kv head).
+def order(program, sizes):
+    """(key tile, pair) of a program. A pair is a (batch, kv head).
 
-    A side is (batch, first row, rows of the sequence's slot, valid rows); the query side ends with its first padded
-    query tile. Inside a group of `width` pairs the key tiles ascend, so that with a causal mask the longest come first
-    while the group's Q and dO stay in L2; in an ordered sum they descend then (see `turn_of`).
+    Inside a group of `width` pairs the key tiles ascend, so that with a causal mask the longest come first while the
+    group's Q and dO stay in L2, and an ordered sum seldom waits (see `turn_of`).
     """
-    cu_q, cu_k, used_q, used_k = seqs
-    max_q, max_k, heads, kv_heads, pairs, width, key_tiles, query_tiles = sizes
+    pairs, width, key_tiles = sizes[4], sizes[5], sizes[6]
     group = key_tiles * width
     g = program // group
     r = program - g * group
     wide = gl.minimum(width, pairs - g * width)
     n = r // wide
-    pair = g * width + (r - n * wide)
-    if T.ORDERED and F.right:
-        n = key_tiles - 1 - n
-    b = pair // kv_heads
+    return n, g * width + (r - n * wide)
+
+
+@gluon.jit
+def query_side(b, cu_q, used_q, max_q, T: gl.constexpr):
+    """(batch, first row, rows of the sequence's slot, valid rows, first padded query tile)."""
     row_q, slot_q = sequence(cu_q, None, max_q, b)
-    row_k, slot_k = sequence(cu_k, None, max_k, b)
-    M, N = slot_q, slot_k
+    M = slot_q
     if used_q is not None:
         M = gl.minimum(gl.load(used_q + b), slot_q)
-    if used_k is not None:
-        N = gl.minimum(gl.load(used_k + b), slot_k)
     tile0 = b * ((max_q + T.BLOCK_M - 1) // T.BLOCK_M)
     if cu_q is not None:
         # sequence b starts at a padded tile of its own: floor(start / BLOCK_M) + b leaves room for every tail
         tile0 = row_q // T.BLOCK_M + b
-    return n, pair - b * kv_heads, (b, row_q, slot_q, M, tile0), (b, row_k, slot_k, N)
+    return b, row_q, slot_q, M, tile0
+
+
+@gluon.jit
+def place(program, seqs, sizes, F: gl.constexpr, T: gl.constexpr):
+    """(key tile, kv head, query side, key side) of a program; a side is as in `query_side`, keys have no tile."""
+    n, pair = order(program, sizes)
+    b = pair // sizes[3]
+    row_k, slot_k = sequence(seqs[1], None, sizes[1], b)
+    N = slot_k
+    if seqs[3] is not None:
+        N = gl.minimum(gl.load(seqs[3] + b), slot_k)
+    q_side = query_side(b, seqs[0], seqs[2], sizes[0], T)
+    return n, pair - b * sizes[3], q_side, (b, row_k, slot_k, N)
 
 
 @gluon.jit
@@ -96,6 +107,22 @@ def unmasked_range(key0, KEYS: gl.constexpr, M, N, band, hi, F: gl.constexpr, T:
     return lo, hi
 
 
+@gluon.constexpr_function
+def direction(F, T):
+    """In which order a program visits query tiles: 1 up, -1 down.
+
+    With a causal mask all key tiles see the last query tile. If an ordered sum starts there, tile n is one step behind
+    tile n - 1; if it started at the diagonal, tile n would wait until tile n - 1 has come that far.
+    """
+    return -1 if T.ORDERED and F.right and not F.left else 1
+
+
+@gluon.jit
+def first_tile(lo, hi, STEP: gl.constexpr):
+    """The query tile of [lo, hi) to begin with."""
+    return lo if STEP == 1 else hi - 1
+
+
 @gluon.jit
 def needs_mask(m, whole, F: gl.constexpr):
     """Whether query tile m lies outside of the tiles that see every key."""
@@ -109,17 +136,12 @@ def needs_mask(m, whole, F: gl.constexpr):
 def turn_of(n, m, M, N, band, F: gl.constexpr, T: gl.constexpr):
     """How many programs add to query tile m of dQ before key tile n does, in an ordered (deterministic) sum.
 
-    Programs only wait for programs that were started before them, so no number of resident ones can deadlock. With a
-    bound on the right the key tiles descend, the shortest first: tile n + 1 starts at its diagonal where tile n comes
-    by BLOCK_N / BLOCK_M steps later, so nobody waits. Without it they ascend, each a step behind the one before.
+    Key tiles add in the order in which they were started, so no number of resident programs can deadlock. The
+    pairs of a group alternate (`place`), so tile n - 1 was started some programs before tile n, and is ahead.
     """
-    if F.right:
-        last = ((m + 1) * T.BLOCK_M - 1 + N - M + band[1]) // T.BLOCK_N
-        turn = gl.minimum(last, (N + T.BLOCK_N - 1) // T.BLOCK_N - 1) - n
-    else:
-        turn = n
-        if F.left:
-            turn = n - gl.maximum(m * T.BLOCK_M + N - M - band[0], 0) // T.BLOCK_N
+    turn = n
+    if F.left:
+        turn = n - gl.maximum(m * T.BLOCK_M + N - M - band[0], 0) // T.BLOCK_N
     return turn
 
 
@@ -132,9 +154,43 @@ def pass_turns(turns, query_tile):
 
 
 @gluon.jit
+def zero_ahead(dq_acc, zeroed, seqs, sizes, T: gl.constexpr):
+    """One warp zeroes this program's share of the sums of dQ of a pair that is worked on some waves later.
+
+    Zeroed before the kernel, they would go to memory and back. `zeroed` counts the programs that are done with a pair.
+    """
+    n, pair = order(gl.program_id(0), sizes)
+    later = pair + sizes[8]
+    if later < sizes[4]:
+        kv_heads = sizes[3]
+        b = later // kv_heads
+        side = query_side(b, seqs[0], None, sizes[0], T)
+        group = sizes[2] // kv_heads
+        h = (later - b * kv_heads) * group
+        L: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
+        nothing = gl.zeros([1024], gl.float32, L)
+        for _ in range(group):
+            for m in range(n, (side[2] + T.BLOCK_M - 1) // T.BLOCK_M, sizes[6]):
+                at = dq_acc + (h * sizes[7] + side[4] + m).to(gl.int64) * (T.BLOCK_M * T.D)
+                at = gl.multiple_of(at, 16) + gl.arange(0, 1024, L)
+                for i in range(0, T.BLOCK_M * T.D, 1024):
+                    gl.store(at + i, nothing)
+            h += 1
+        fence_gpu()
+        count_up(zeroed + later)
+
+
+@gluon.jit
+def wait_for_zeros(zeroed, sizes):
+    """Wait until the sums of dQ of this program's pair are zeroed."""
+    n, pair = order(gl.program_id(0), sizes)
+    spin_until(zeroed + pair, sizes[6])
+
+
+@gluon.jit
 def produce(work, F: gl.constexpr, T: gl.constexpr):
     """The producer warp: K and V once, then the rings of Q with its row statistics and of dO."""
-    descs, units, turns, smems, bars, problem = work
+    descs, units, zeroed, turns, smems, bars, problem = work
     seqs, sizes, band = problem[0], problem[1], problem[2]
     q_desc, do_desc, k_desc, v_desc, stats_desc = descs
     q_s, do_s, k_s, v_s, lse_s, delta_s = smems
@@ -149,15 +205,19 @@ def produce(work, F: gl.constexpr, T: gl.constexpr):
     ROWS: gl.constexpr = T.BLOCK_N // BLOCKS
     key0 = n * T.BLOCK_N
     if total > 0:
+        wait_for_zeros(zeroed, sizes)  # nobody adds to them before Q is there
         mbarrier.expect(kv_full.index(0), BLOCKS * (k_desc.block_type.nbytes + v_desc.block_type.nbytes))
         for i in gl.static_range(BLOCKS):
             at = box(k_side, hk, key0 + i * ROWS, N, units[2], F.ragged)
             tma_load(k_desc, at, kv_full.index(0), k_s.index(i))
     h = hk * group
-    m = lo
+    STEP: gl.constexpr = direction(F, T)
+    m = first_tile(lo, hi, STEP)
     stats = (h * sizes[7] + tile0 + m) * 2
     older, old = stats // 2, stats // 2  # query tiles of the two steps before
     for it in range(total):
+        if T.DELAY:
+            random_delay(T.DELAY)
         st = it % T.STAGES
         if it >= T.STAGES:
             barrier_sync(BAR_Q + st, 288)
@@ -179,10 +239,10 @@ def produce(work, F: gl.constexpr, T: gl.constexpr):
         full = do_full.index(st)
         mbarrier.expect(full, do_desc.block_type.nbytes)
         tma_load(do_desc, box(q_side, h, m * T.BLOCK_M, M, units[1], F.ragged), full, do_s.index(st))
-        m += 1
-        stats += 2
-        if m == hi:
-            m = lo
+        m += STEP
+        stats += 2 * STEP
+        if (m == hi) | (m < lo):
+            m = first_tile(lo, hi, STEP)
             h += 1
             stats = (h * sizes[7] + tile0 + m) * 2
     if T.ORDERED and T.D == 256:
@@ -192,34 +252,43 @@ def produce(work, F: gl.constexpr, T: gl.constexpr):
 
 
 @gluon.jit
-def write_dq(work, F: gl.constexpr, T: gl.constexpr):
-    """The writer warp of an ordered sum: waits for the turn, adds both warpgroups' pieces, passes the turn on.
+def write_dq(work, WG: gl.constexpr, F: gl.constexpr, T: gl.constexpr):
+    """A writer warp: adds warpgroup WG's pieces of dQ; in an ordered sum waits for the turn and passes it on.
 
-    In the consumers themselves the wait for completion would sit between products in flight, and spill.
+    In the consumers the barriers round the copy, or the wait for completion, would sit between products in flight.
     """
-    dq_desc, turns, dq_s, bars, problem = work
+    dq_desc, dq_acc, zeroed, turns, dq_s, bars, problem = work
     seqs, sizes, band = problem[0], problem[1], problem[2]
-    dq_empty = bars[3]
+    dq_empty = bars[3].index(WG)
     n, hk, q_side, k_side = place(gl.program_id(0), seqs, sizes, F, T)
     M, N = q_side[3], k_side[3]
     lo, hi = query_range(n, M, N, band, F, T)
     group = sizes[2] // sizes[3]
     ROWS: gl.constexpr = dq_s.shape[1]
-    m = lo
-    qt = hk * group * sizes[7] + q_side[4] + m
+    STEP: gl.constexpr = direction(F, T)
+    m = first_tile(lo, hi, STEP)
+    piece = (hk * group * sizes[7] + q_side[4] + m) * 2 + WG
+    if WG == 0:
+        zero_ahead(dq_acc, zeroed, seqs, sizes, T)
+    if T.DEFER:  # noqa: SIM102
+        if hi > lo:
+            barrier_sync(BAR_DQ + WG, 160)  # the first piece is the dQ of nothing
+            mbarrier.arrive(dq_empty, count=1)
     for _ in range((hi - lo) * group):
-        turn = turn_of(n, m, M, N, band, F, T)
-        for w in gl.static_range(2):
-            barrier_sync(BAR_DQ + w, 160)
-            spin_until(turns + qt * 2 + w, turn)
-            tma_reduce_add(dq_desc, [(qt * 2 + w) * ROWS, 0], dq_s.index(w))
+        if T.ORDERED:
+            spin_until(turns + piece, turn_of(n, m, M, N, band, F, T))
+        if T.DELAY:
+            random_delay(T.DELAY)
+        barrier_sync(BAR_DQ + WG, 160)
+        tma_reduce_add(dq_desc, [piece * ROWS, 0], dq_s.index(WG))
         tma.store_wait(0)
-        mbarrier.arrive(dq_empty.index(0), count=1)
-        mbarrier.arrive(dq_empty.index(1), count=1)
-        bulk_wait_all()
-        pass_turns(turns, qt)
-        m += 1
-        qt += 1
-        if m == hi:
-            m = lo
-            qt += sizes[7] - (hi - lo)
+        mbarrier.arrive(dq_empty, count=1)
+        if T.ORDERED:
+            bulk_wait_all()
+            fence_gpu()
+            count_up(turns + piece)
+        m += STEP
+        piece += 2 * STEP
+        if (m == hi) | (m < lo):
+            m = first_tile(lo, hi, STEP)
+            piece += (sizes[7] - (hi - lo) * STEP) * 2

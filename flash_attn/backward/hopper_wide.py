@@ -21,13 +21,15 @@ from flash_attn.backward.hopper_tiles import (
     BAR_DS,
     BAR_Q,
     box,
+    direction,
+    first_tile,
     needs_mask,
     place,
     query_range,
     turn_of,
     unmasked_range,
 )
-from flash_attn.tile.hopper import barrier_arrive, barrier_sync, tma_store
+from flash_attn.tile.hopper import barrier_arrive, barrier_sync, random_delay, tma_store
 from flash_attn.tile.score import capped, dcapped
 
 
@@ -61,10 +63,9 @@ def consume(work, WG: gl.constexpr, F: gl.constexpr, T: gl.constexpr):
     BLOCK_M: gl.constexpr = T.BLOCK_M
     STAGES: gl.constexpr = T.STAGES
     BLOCK_N: gl.constexpr = T.BLOCK_N
-    KEYS: gl.constexpr = BLOCK_N // 2
     COLS: gl.constexpr = D // 2
     COLS_V: gl.constexpr = DV // 2
-    SL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
+    SL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     KL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
     VL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS_V, 16])
     dtype: gl.constexpr = q_s.dtype
@@ -74,46 +75,58 @@ def consume(work, WG: gl.constexpr, F: gl.constexpr, T: gl.constexpr):
     m_lo, m_hi = query_range(n, M, N, band, F, T)
     group = sizes[2] // sizes[3]
     total = (m_hi - m_lo) * group
-    key0 = n * BLOCK_N + WG * KEYS
-    whole = unmasked_range(key0, KEYS, M, N, band, m_hi, F, T)
+    key0 = n * BLOCK_N
+    whole = unmasked_range(key0, BLOCK_N, M, N, band, m_hi, F, T)
     rows = gl.arange(0, BLOCK_M, gl.SliceLayout(1, SL))
-    cols = key0 + gl.arange(0, KEYS, gl.SliceLayout(0, SL))
+    cols = key0 + gl.arange(0, BLOCK_N, gl.SliceLayout(0, SL))
     k_t = k_s.index(0).reshape([BLOCK_N, D])
     v_t = v_s.index(0).reshape([BLOCK_N, DV])
-    k_w = k_t.slice(WG * KEYS, KEYS, 0).permute((1, 0))
-    v_w = v_t.slice(WG * KEYS, KEYS, 0).permute((1, 0))
     k_half = k_t.slice(WG * COLS, COLS, 1)
     dk = gl.zeros([BLOCK_N, COLS], gl.float32, KL)
     dv = gl.zeros([BLOCK_N, COLS_V], gl.float32, VL)
-    zeros = gl.zeros([BLOCK_M, KEYS], gl.float32, SL)
-    m = m_lo
+    zeros = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, SL)
+    STEP: gl.constexpr = direction(F, T)
+    m = first_tile(m_lo, m_hi, STEP)
     qt = hk * group * sizes[7] + tile0 + m
     if total > 0:
         mbarrier.wait(kv_full.index(0), 0)
     for it in range(total):
+        if T.DELAY:
+            random_delay(T.DELAY)
         st = it % STAGES
         ph = (it // STAGES) & 1
         q = q_s.index(st).reshape([BLOCK_M, D])
         do = do_s.index(st).reshape([BLOCK_M, DV])
-        mbarrier.wait(q_full.index(st), ph)
-        s = warpgroup_mma(q, k_w, zeros, use_acc=False, is_async=True)
-        mbarrier.wait(do_full.index(st), ph)
-        dp = warpgroup_mma(do, v_w, zeros, use_acc=False, is_async=True)
-        lse = lse_s.index(st).load(gl.SliceLayout(1, SL))
-        delta = delta_s.index(st).load(gl.SliceLayout(1, SL))
-        s = warpgroup_mma_wait(1, deps=(s,))
-        masked = needs_mask(m, whole, F)
-        p, x = _probabilities(s, lse, masked, m * BLOCK_M + rows, cols, M, N, band, scores, F)
-        p_t = p_s.index(it % 2)
-        p_t.slice(WG * KEYS, KEYS, 1).store(p.to(dtype))
-        fence_async_shared()
+        p_t, ds_t = p_s.index(it % 2), ds_s.index(it % 2)
+        # Q K^T by one warpgroup and dO V^T by the other: half of each would read Q and dO twice
+        if WG == 0:
+            mbarrier.wait(q_full.index(st), ph)
+            s = warpgroup_mma(q, k_t.permute((1, 0)), zeros, use_acc=False, is_async=True)
+            lse = lse_s.index(st).load(gl.SliceLayout(1, SL))
+        else:
+            mbarrier.wait(q_full.index(st), ph)
+            mbarrier.wait(do_full.index(st), ph)
+            dp = warpgroup_mma(do, v_t.permute((1, 0)), zeros, use_acc=False, is_async=True)
+            delta = delta_s.index(st).load(gl.SliceLayout(1, SL))
+        if WG == 0:
+            s = warpgroup_mma_wait(0, deps=(s,))
+            masked = needs_mask(m, whole, F)
+            p, x = _probabilities(s, lse, masked, m * BLOCK_M + rows, cols, M, N, band, scores, F)
+            p_t.store(p.to(dtype))
+            if F.softcap:
+                ds_t.store(dcapped(p, x, F).to(dtype))
+            fence_async_shared()
+            mbarrier.wait(do_full.index(st), ph)
+        else:
+            dp = warpgroup_mma_wait(0, deps=(dp,))
         barrier_sync(BAR_DS, 256)
         dv = warpgroup_mma(p_t.permute((1, 0)), do.slice(WG * COLS_V, COLS_V, 1), dv, is_async=True)
-        dp = warpgroup_mma_wait(1, deps=(dp,))
-        ds = dcapped(p * (dp + gl.expand_dims(delta, 1)), x, F)
-        ds_t = ds_s.index(it % 2)
-        ds_t.slice(WG * KEYS, KEYS, 1).store(ds.to(dtype))
-        fence_async_shared()
+        if T.DELAY:
+            random_delay(T.DELAY)
+        if WG == 1:
+            p = (ds_t if F.softcap else p_t).load(SL).to(gl.float32)
+            ds_t.store((p * (dp + gl.expand_dims(delta, 1))).to(dtype))
+            fence_async_shared()
         barrier_sync(BAR_DS, 256)
         part = warpgroup_mma(
             ds_t, k_half, gl.zeros([BLOCK_M, COLS], gl.float32, KL), use_acc=False, is_async=True
@@ -127,11 +140,11 @@ def consume(work, WG: gl.constexpr, F: gl.constexpr, T: gl.constexpr):
         reduce_add_quads(dq_acc + (qt * 2 + WG).to(gl.int64) * (64 * COLS), part, COLS // 8)
         dk = warpgroup_mma_wait(0, deps=(dk,))
         barrier_arrive(BAR_Q + st, 288)
-        m += 1
-        qt += 1
-        if m == m_hi:
-            m = m_lo
-            qt += sizes[7] - (m_hi - m_lo)
+        m += STEP
+        qt += STEP
+        if (m == m_hi) | (m < m_lo):
+            m = first_tile(m_lo, m_hi, STEP)
+            qt += sizes[7] - (m_hi - m_lo) * STEP
     barrier_sync(BAR_DS, 256)  # the other warpgroup has read its last K and V
     n, hk, q_side, k_side = place(program_again(), seqs, sizes, F, T)
     row, slot = n * BLOCK_N, k_side[2]
