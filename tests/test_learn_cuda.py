@@ -1,5 +1,6 @@
 """The CUDA ladder without a GPU: every step runs right in the emulator, and says what to change when it cannot run."""
 
+import ctypes
 import os
 import re
 import shutil
@@ -22,8 +23,6 @@ def emulated(tmp_path_factory):
     """Builds a step for the CPU."""
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         pytest.skip("no C++ compiler for the emulator")
-    if ladder.cuda_include() is None:
-        pytest.skip("no cuda_fp16.h: neither the CUDA toolkit nor triton is here")
     # with pytest-xdist the parent of a worker's folder is common to all, so that each step is built once
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "emulated"
@@ -57,6 +56,42 @@ def test_step(step, emulated, capsys):
                             dtype,
                             options,
                         )
+
+
+def test_the_16_bit_types_of_the_emulator_round_like_torch(tmp_path):
+    """Every fp16 and bf16 number, the midpoints between neighbours, and what lies beside those."""
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        pytest.skip("no C++ compiler for the emulator")
+    source = tmp_path / "types.cpp"
+    source.write_text("""
+        #include "common.cuh"
+        extern "C" void to_half(const float* x, uint16_t* y, int n) { while (n--) y[n] = __float2half(x[n]).bits; }
+        extern "C" void from_half(const uint16_t* x, float* y, int n) { while (n--) y[n] = __half2float({x[n]}); }
+        extern "C" void to_bf16(const float* x, uint16_t* y, int n) { while (n--) y[n] = __float2bfloat16(x[n]).bits; }
+        extern "C" void from_bf16(const uint16_t* x, float* y, int n) { while (n--) y[n] = __bfloat162float({x[n]}); }
+    """)
+    words = ladder.compile_command("flash_attn_minimal", tmp_path / "types.so", 64, None, f"-I{ladder.HERE}")
+    subprocess.run([str(source) if word.endswith(".cu") else word for word in words], check=True)
+    library = ctypes.CDLL(str(tmp_path / "types.so"))
+
+    def convert(name: str, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        y = torch.empty(len(x), dtype=dtype)
+        getattr(library, name)(ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr()), len(x))
+        return y
+
+    codes = torch.arange(65536, dtype=torch.int32).to(torch.int16)
+    for name, dtype in (("half", torch.float16), ("bf16", torch.bfloat16)):
+        floats = convert(f"from_{name}", codes, torch.float32)
+        assert floats.nan_to_num(7.0).equal(codes.view(dtype).float().nan_to_num(7.0))
+        finite = floats[floats.isfinite()].sort().values
+        middle = (finite[:-1].double() + finite[1:].double()).div(2).float()
+        inputs = torch.cat(
+            [finite, middle, middle.nextafter(middle + 1), middle.nextafter(middle - 1), floats]
+        )
+        inputs = torch.cat([inputs, torch.tensor([65519.996, 65520.0, 1e6, -1e6, 3.4e38, 1e-9, -1e-9])])
+        got, want = convert(f"to_{name}", inputs, torch.int16).view(dtype), inputs.to(dtype)
+        assert got.isnan().equal(want.isnan())
+        assert got[~want.isnan()].view(torch.int16).equal(want[~want.isnan()].view(torch.int16))
 
 
 def test_a_wrong_kernel_does_not_pass(emulated):

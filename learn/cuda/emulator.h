@@ -1,31 +1,108 @@
 // A CUDA block on one CPU core: every CUDA thread is a fiber, and barriers, shuffles and tensor-core instructions
 // are meeting points of fibers. It stands in for nvcc (g++ -DFLASH_EMULATE), so that every step can be run and checked
-// without a GPU. It is exact in what a lane may see and when a copy lands, and says nothing about speed.
+// without a GPU and without the CUDA toolkit. It is exact in what a lane may see and when a copy lands, and says
+// nothing about speed.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <functional>
 #include <memory>
+#include <type_traits>
 #include <vector>
 
-#undef __global__
-#undef __device__
-#undef __host__
-#undef __shared__
-#undef __forceinline__
-#undef __launch_bounds__
 #define __global__
 #define __device__
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+
+struct float2 {
+    float x, y;
+};
+struct float4 {
+    float x, y, z, w;
+};
+struct uint3 {
+    unsigned x, y, z;
+};
+struct uint4 {
+    unsigned x, y, z, w;
+};
+struct dim3 {
+    unsigned x, y, z;
+    dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+// The 16-bit types of cuda_fp16.h and cuda_bf16.h, rounding to nearest even, so that no CUDA toolkit is needed.
+struct __half {
+    uint16_t bits;
+};
+struct __half2 {
+    __half x, y;
+};
+struct __nv_bfloat16 {
+    uint16_t bits;
+};
+struct __nv_bfloat162 {
+    __nv_bfloat16 x, y;
+};
+
+namespace emulator {
+
+inline uint32_t bits_of(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return bits;
+}
+
+inline float float_of(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+}  // namespace emulator
+
+inline __half __float2half(float x) {
+    const uint32_t bits = emulator::bits_of(x), sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
+    uint32_t result;
+    if (size > 0x7f800000)
+        result = 0x7e00;  // NaN
+    else if (size >= 0x477ff000)
+        result = 0x7c00;  // 65520 and more round to infinity
+    else if (size < 0x38800000)
+        result = emulator::bits_of(emulator::float_of(size) + 0.5f) - 0x3f000000;  // subnormal: steps of 2^-24, as in 0.5
+    else
+        result = (size - 0x38000000 + 0xfff + (size >> 13 & 1)) >> 13;  // another bias of the exponent, 13 bits fewer
+    return {static_cast<uint16_t>(sign | result)};
+}
+
+inline float __half2float(__half h) {
+    const uint32_t sign = (h.bits & 0x8000u) << 16, exponent = h.bits >> 10 & 31, fraction = h.bits & 0x3ff;
+    if (exponent == 0) return fraction / (sign ? -16777216.0f : 16777216.0f);  // 2^24
+    const uint32_t wide = exponent == 31 ? 255 : exponent + 112;
+    return emulator::float_of(sign | wide << 23 | fraction << 13);
+}
+
+inline __nv_bfloat16 __float2bfloat16(float x) {
+    const uint32_t bits = emulator::bits_of(x);
+    if ((bits & 0x7fffffff) > 0x7f800000) return {0x7fff};
+    return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+
+inline float __bfloat162float(__nv_bfloat16 x) { return emulator::float_of(static_cast<uint32_t>(x.bits) << 16); }
+inline __half2 __floats2half2_rn(float x, float y) { return {__float2half(x), __float2half(y)}; }
+inline float2 __half22float2(__half2 pair) { return {__half2float(pair.x), __half2float(pair.y)}; }
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {__float2bfloat16(x), __float2bfloat16(y)}; }
 
 namespace emulator {
 
