@@ -23,7 +23,11 @@ emulate() {
     echo "No C++ compiler (${CXX:-g++}): the emulator needs one."
     return 1
   fi
-  echo "Running every step on the CPU, thread by thread (about a minute; says nothing about speed):"
+  if ! command -v make > /dev/null; then
+    echo "No make. The same without it, from the repository's root: $PYTHON -m learn.cuda.check_with_torch --emulate"
+    return 1
+  fi
+  echo "Running every step on the CPU, thread by thread (some minutes; says nothing about speed):"
   make emulate "$@"
 }
 
