@@ -135,6 +135,8 @@ CONFIGURATIONS = [
     Case("128", **HALF | dict(head_dim=128)),
     Case("128_causal", causal=True, **HALF | dict(head_dim=128)),
     Case("256_causal", causal=True, **HALF | dict(head_dim=256)),
+    *(Case(f"{d}_{'causal' if c else 'full'}_4k", **HALF | dict(head_dim=d, max_q=4096, max_k=4096), causal=c)
+      for d in (64, 128, 256) for c in (False, True)),
     Case("192_128_causal", causal=True, head_dim_v=128, **HALF | dict(head_dim=192)),
     Case("96_window_softcap_sink_fp16", window=(50, 20), softcap=9.0, sink=True,
          **HALF | dict(head_dim=96, dtype=torch.float16)),

@@ -24,6 +24,7 @@ from flash_attn.forward.hopper_step import (
     pack,
     per_thread,
     query,
+    rescale_output,
     rows_layout,
     scale_output,
     scale_part,
@@ -38,7 +39,6 @@ from flash_attn.tile.hopper import (
     barrier_sync,
     compute_first,
     random_delay,
-    stay_behind,
     tma_load,
     tma_rows,
     tma_store,
@@ -63,7 +63,7 @@ class Config(NamedTuple):
     )
     QREG: int  # columns of Q kept in registers: all, half or none; saves shared-memory bandwidth
     SHARE: bool  # O is staged where Q was
-    LATE: bool = False  # O is rescaled under the scores of the next key tile, not between two products
+    LAZY: bool = False  # O is rescaled only where the maximum grew, under the scores of the next key tile
     left: bool = False
     right: bool = False
     softcap: bool = False
@@ -250,8 +250,8 @@ def _step(q, rings, bars, it, n, full, lo, hi, state, scale, WG: gl.constexpr, C
     if C.PINGPONG:
         barrier_sync(_turn(C) + WG, 256)
     s = issue_scores(q, k_ring, nxt, C)
-    if C.LATE:
-        acc = scale_output(acc, stay_behind(alpha), C)
+    if C.LAZY:
+        acc = rescale_output(acc, alpha, C)
     acc = issue_output(p16, v_ring, cur, acc, C)
     if C.PINGPONG:
         barrier_arrive(_turn(C) + (WG + 1) % C.WARPGROUPS, 256)
@@ -271,7 +271,7 @@ def _step(q, rings, bars, it, n, full, lo, hi, state, scale, WG: gl.constexpr, C
     if C.DELAY:
         random_delay(C.DELAY)
     barrier_arrive(_v_free(C) + cur, _threads(C))
-    if not C.LATE:
+    if not C.LAZY:
         acc = scale_output(acc, alpha, C)
     return m, l, acc, p16, alpha
 
@@ -353,8 +353,8 @@ def _consumer(common, WG: gl.constexpr, C: gl.constexpr):
             mbarrier.wait(q_full.index(next_buffer), next_phase, pred=more)
         if C.PINGPONG:
             barrier_sync(_turn(C) + WG, 256)
-        if C.LATE:
-            acc = scale_output(acc, alpha, C)
+        if C.LAZY:
+            acc = rescale_output(acc, alpha, C)
         acc = issue_output(p16, v_ring, cur, acc, C)
         if C.CHAIN:
             s = issue_scores(query(q_ring, next_buffer, C), k_ring, nxt, C)

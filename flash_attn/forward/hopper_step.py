@@ -14,7 +14,9 @@ from flash_attn.tile.hopper import (
     column_layout,
     column_registers,
     from_columns,
+    keep_pivot,
     row_limit,
+    scale_unless_one,
     to_columns,
 )
 from flash_attn.tile.score import LOG2E
@@ -108,13 +110,20 @@ def mask(s, n, lo, hi, C: gl.constexpr):
 
 @gluon.jit
 def softmax(s, m, outer, MASKED: gl.constexpr, C: gl.constexpr):
-    """(p in fp32, new maximum, factor for sum and output) of (soft capped) products; base-2 logits are s * outer."""
+    """(p in fp32, new pivot, factor for sum and output) of (soft capped) products; base-2 logits are s * outer.
+
+    The pivot `m` is the maximum so far or, if LAZY, up to 8 / outer less: then the factor is 1.
+    """
     top = gl.max(gl.max(gl.max(to_columns(s, C.BN), 3), 1), 1)  # in the thread first, then over the quad
     m_new = gl.maximum(m, gl.convert_layout(top, rows_layout(C.BN), assert_trivial=True))
+    if C.LAZY:
+        m_new = keep_pivot(m, m_new, m * outer, m_new * outer)
     pivot = m_new * outer
     if MASKED:  # a row that has seen no key: -inf - -inf would be NaN
         pivot = gl.where(m_new == float("-inf"), 0.0, pivot)
     alpha = gl.exp2(m * outer - pivot)
+    if C.LAZY:
+        alpha = gl.where(m_new == m, 1.0, alpha)
     return gl.exp2(s * outer - gl.expand_dims(pivot, 1)), m_new, alpha
 
 
@@ -149,6 +158,21 @@ def scale_output(acc, factor, C: gl.constexpr):
         return scale_part(acc[0], factor, C.V0), scale_part(acc[1], factor, C.V1)
     else:
         return (scale_part(acc[0], factor, C.V0),)
+
+
+@gluon.jit
+def _rescale_part(acc, factor, N: gl.constexpr):
+    factor = gl.expand_dims(gl.convert_layout(factor, rows_layout(N), assert_trivial=True), 1)
+    return scale_unless_one(acc, factor.broadcast_to([64, N]), N)
+
+
+@gluon.jit
+def rescale_output(acc, factor, C: gl.constexpr):
+    """O * factor per row, under the products in flight."""
+    if C.V1:
+        return _rescale_part(acc[0], factor, C.V0), _rescale_part(acc[1], factor, C.V1)
+    else:
+        return (_rescale_part(acc[0], factor, C.V0),)
 
 
 @gluon.jit

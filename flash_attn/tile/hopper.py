@@ -91,13 +91,57 @@ def compute_first(l):
     )
 
 
-@gluon.jit
-def stay_behind(x):
-    """x itself; what is made of it is computed after the products that were issued before.
+# ---- a softmax that rarely rescales -------------------------------------------------------------------------------
+# What a row has summed is relative to a pivot, which need not be its maximum: any pivot that keeps the exponentials in
+# range gives the same result. So the pivot follows the maximum only when some row of the warp has grown by a factor of
+# 2**8 (the idea is FlashAttention-4's); between, the factor of the output is 1 and its multiplications are branched
+# over. All threads of a warp decide alike, and the same way in every run.
 
-    The compiler orders volatile assembly, wgmma included, and moves plain arithmetic to the front of it.
+
+@gluon.jit
+def keep_pivot(old, new, old_log2, new_log2):
+    """`new` if it exceeds `old` by more than 8 in log2 units in any row of the warp, else `old`.
+
+    One value per row of a wgmma accumulator: each thread holds two, and -inf - -inf = NaN exceeds nothing.
     """
-    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=False, pack=1)
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred q; .reg .f32 d; sub.f32 d, $8, $6; setp.gt.f32 q, d, 0f41000000; sub.f32 d, $9, $7;"
+        " setp.gt.or.f32 q, d, 0f41000000, q; vote.sync.any.pred q, q, -1;"
+        " selp.f32 $0, $4, $2, q; selp.f32 $1, $5, $3, q; }",
+        "=&f,=&f,f,f,f,f,f,f,f,f",
+        [old, new, old_log2, new_log2],
+        dtype=gl.float32,
+        is_pure=False,
+        pack=2,
+    )
+
+
+@gluon.constexpr_function
+def _scale_unless_one(n):
+    """n elements, then n factors. A thread's elements alternate between two rows every second one."""
+    products = " ".join(f"mul.f32 ${i}, ${i}, ${2 * n + i};" for i in range(n))
+    return (
+        f"{{ .reg .pred q; setp.neu.f32 q, ${2 * n}, 0f3F800000; setp.neu.or.f32 q, ${2 * n + 2}, 0f3F800000, q;"
+        f" vote.sync.any.pred q, q, -1; @!q bra.uni FINE; {products} FINE: }}"
+    )
+
+
+@gluon.constexpr_function
+def _in_place(n):
+    return ",".join(["=f"] * n + [str(i) for i in range(n)] + ["f"] * n)
+
+
+@gluon.jit
+def scale_unless_one(x, factor, N: gl.constexpr):
+    """x * factor for a (64, N) wgmma accumulator and factors constant along its rows, skipped where all are 1.
+
+    Stays behind the products issued before it, and so runs under them: the compiler keeps the order of volatile
+    assembly, wgmma included.
+    """
+    n: gl.constexpr = 32 if N >= 64 else N // 2
+    return gl.inline_asm_elementwise(
+        _scale_unless_one(n), _in_place(n), [x, factor], dtype=gl.float32, is_pure=False, pack=n
+    )
 
 
 # ---- the accumulator of wgmma, column by column ----------------------------------------------------------------

@@ -50,9 +50,13 @@ CASES = [
 ]  # fmt: skip
 
 
-def check(case: Case, changes: tuple = (), seed: int = 0) -> None:
+def check(case: Case, changes: tuple = (), seed: int = 0, stretch: tuple[float, float] = (1, 1)) -> None:
+    """`stretch`: factors of the first and the last key, between them linear."""
     built = build(case, device="cuda", seed=seed)
     problem, ops = built.problem, built.operands
+    if stretch != (1, 1):
+        factors = torch.linspace(*stretch, ops.k.shape[1], device="cuda")[:, None, None]
+        ops = ops._replace(k=(ops.k * factors).to(ops.k.dtype))
     with nan_empty():
         out, lse = hopper_launch.forward(problem, ops, changes)
     want, want_lse = oracle.forward(problem, ops)
@@ -92,6 +96,14 @@ def test_every_length_around_a_tile(head_dim, causal, config):
                 "x", max_q=m, max_k=n, dtype=BF16, head_dim=head_dim, causal=causal, heads=2, kv_heads=1
             )
             check(case, config, seed=n)
+
+
+@pytest.mark.parametrize("stretch", [(0.1, 5), (5, 0.1)], ids=["growing", "shrinking"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+def test_follows_scores_that_grow_along_the_keys(head_dim, causal, stretch):
+    """The output is rescaled at each of many tiles of keys, or only at the first."""
+    check(Case("x", **LONG | dict(head_dim=head_dim), causal=causal), stretch=stretch)
 
 
 def test_many_sequences():
