@@ -128,7 +128,7 @@ def compiled(case: Case):
     )
 
 
-# name -> (case, bytes of spills that ptxas may leave outside the loop)
+# every measured way to cut a problem, and each feature
 CONFIGURATIONS = [
     Case("64", **HALF),
     Case("64_causal", causal=True, **HALF),
@@ -163,5 +163,5 @@ class TestCompiled:
         assert len(loops) >= config.WARPGROUPS and min(loops) >= 0.9 * config.BN // 2
 
 
-# bytes that ptxas spills outside the loop, seen in Triton 3.6 to 3.9
-SPILLS: dict[str, int] = {}
+# bytes that ptxas spills with Triton 3.9; none with 3.6
+SPILLS = {} if triton.__version__.startswith("3.6.") else {"256_full_4k": 28}
