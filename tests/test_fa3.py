@@ -300,7 +300,7 @@ def test_operators_by_position():
     results = torch.ops.flash_attn_3.bwd(
         dout, *x, out, lse, *grads, *lengths[:2], None, None, *lengths[2:], None, True, -1, -1, 0.0, False, 0
     )
-    assert len(results) == 5
+    assert len(results) == 8 and all(r is g for r, g in zip(results, grads, strict=False))
     leaves = [t.clone().requires_grad_() for t in x]
     same(grads, torch.autograd.grad(fa3.flash_attn_varlen_func(*leaves, *lengths, causal=True), leaves, dout))
     again = [torch.full_like(t, torch.nan) for t in x]
@@ -310,7 +310,11 @@ def test_operators_by_position():
     same(again, grads)
     torch.testing.assert_close(softmax_d[:, :17], (dout * out).sum(-1).T)
     with pytest.raises(ArgumentValueError, match="dq, dk and dv must be given"):
-        torch.ops.flash_attn_3.bwd(dout, *x, out, lse)
+        fa3._flash_attn_backward(dout, *x, out, lse)
+    made = torch.ops.flash_attn_3.bwd(
+        dout, *x, out, lse, *[None] * 3, *lengths[:2], None, None, *lengths[2:], None, True
+    )
+    same(made[:3], grads)
     with pytest.raises(ArgumentValueError, match="out must have shape"):
         torch.ops.flash_attn_3.fwd(q=x[0][None], k=x[1][None], v=x[2][None], out=given[:3])
 

@@ -34,7 +34,8 @@ _BACKWARD = (
     " Tensor(dk!)? dk=None, Tensor(dv!)? dv=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None,"
     " Tensor? seqused_q=None, Tensor? seqused_k=None, int? max_seqlen_q=None, int? max_seqlen_k=None,"
     " float? softmax_scale=None, bool is_causal=False, int window_size_left=-1, int window_size_right=-1,"
-    " float softcap=0.0, bool deterministic=False, int sm_margin=0) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    " float softcap=0.0, bool deterministic=False, int sm_margin=0)"
+    " -> (Tensor(dq!), Tensor(dk!), Tensor(dv!), Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _COMBINE = (
     "fwd_combine(Tensor out_partial, Tensor lse_partial, Tensor(out!)? out=None, ScalarType? out_dtype=None)"
@@ -90,12 +91,18 @@ def _bwd(
     seqused_k=None, max_seqlen_q=None, max_seqlen_k=None, softmax_scale=None, is_causal=False, window_size_left=-1,
     window_size_right=-1, softcap=0.0, deterministic=False, sm_margin=0,
 ):  # fmt: skip
-    """Writes dq, dk and dv; the results are FlashAttention-3's auxiliary buffers, empty here."""
+    """(dq, dk, dv, and five auxiliary buffers of FlashAttention-3's, empty here); a gradient not given is made."""
+    grads = _or_like((dq, dk, dv), (q, k, v))
     _gradients(
         dout, q, k, v, out, softmax_lse, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k,
-        dq, dk, dv, softmax_scale, is_causal, window_size_left, window_size_right, softcap, deterministic,
+        *grads, softmax_scale, is_causal, window_size_left, window_size_right, softcap, deterministic,
     )  # fmt: skip
-    return tuple(_empty(q) for _ in range(5))
+    return *grads, *(_empty(q) for _ in range(5))
+
+
+def _or_like(given, tensors) -> list[Tensor]:
+    """Each of `given`, or a new tensor like the one of `tensors` where it is None."""
+    return [torch.empty_like(x) if g is None else g for g, x in zip(given, tensors, strict=True)]
 
 
 def _gradients(
@@ -173,8 +180,8 @@ def _fake(q: Tensor, v: Tensor, cu_seqlens_q: Tensor | None) -> tuple[Tensor, Te
 
 
 @torch.library.register_fake("flash_attn_3::bwd", lib=_lib)
-def _(dout, q, *rest, **named):
-    return tuple(_empty(q) for _ in range(5))
+def _(dout, q, k, v, out, softmax_lse, dq=None, dk=None, dv=None, *rest, **named):
+    return *_or_like((dq, dk, dv), (q, k, v)), *(_empty(q) for _ in range(5))
 
 
 # --- the Python operators above them, which autograd and torch.compile see ---------------------------------
