@@ -27,7 +27,7 @@ def leaves(*shapes, dtype=torch.float64):
     return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
 
 
-# --- xFormers, ops/fmha/flash.py and flash3.py ------------------------------------------------------------------------
+# --- xFormers, ops/fmha/flash.py and flash3.py ---
 
 
 def test_xformers_accepts_the_operators_of_flash_attention_3():
@@ -128,7 +128,7 @@ def test_xformers_keys_with_gaps():
         torch.testing.assert_close(lse[:, b], want_lse[0, :, 0])
 
 
-# --- Megatron-LM, core/transformer/attention.py, when it finds FlashAttention-3 -----------------------------------------
+# --- Megatron-LM, core/transformer/attention.py, when it finds FlashAttention-3 ---
 
 
 def test_megatron_passes_what_the_signature_names():
@@ -160,7 +160,7 @@ def test_megatron_passes_what_the_signature_names():
     assert_as_close_as_torch(decoded, *want)
 
 
-# --- SGLang, a mixture of block attentions (vmoba.py; flash-linear-attention has the same) ------------------------------
+# --- SGLang, a mixture of block attentions (vmoba.py; flash-linear-attention has the same) ---
 
 
 def test_two_branches_are_joined_by_their_lse():
@@ -223,7 +223,7 @@ def test_two_branches_are_joined_by_their_lse():
         torch.testing.assert_close(got, expected)
 
 
-# --- Unsloth, models/gemma2.py ------------------------------------------------------------------------------------------
+# --- Unsloth, models/gemma2.py ---
 
 
 @pytest.mark.parametrize("window", [None, 6])
