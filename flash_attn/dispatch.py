@@ -109,6 +109,9 @@ def _select(
             if reason is None:
                 return backend
             reasons[name] = reason
+        plain = next(iter(FORCED_ONLY))  # runs wherever torch does, and leaves nothing to others
+        if not forced and load(plain).supports(problem, direction) is None:
+            reasons[plain] = f'can, but only runs when asked for: flash_attn.use_backend("{plain}")'
     lines = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     asked = (
         f"the forced backend cannot run this {direction}"
