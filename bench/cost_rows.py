@@ -192,42 +192,47 @@ def small(shape):
 
 
 def check(path, chosen, part, parts, only):
-    """Groups whose name starts with `only`, each `parts`-th of them; a CUDA error ends the process's usefulness, so
-    run backends apart."""
-    mine = [shape for shape in chosen if group(shape).startswith(only)]
-    seen, report = set(), {}
-    for shape in mine:
-        if group(shape) in seen:
-            continue
-        seen.add(group(shape))
-        if len(seen) % parts != part:
+    """Groups whose name starts with `only`, each `parts`-th of them, and then the calls of a group that will be timed,
+    so that they are compiled. What is done is in the file at once: a cut leaves the rest unchecked, not all. A CUDA
+    error ends the process's usefulness, so run backends apart."""
+    groups = {}
+    for shape in chosen:
+        if group(shape).startswith(only):
+            groups.setdefault(group(shape), []).append(shape)
+    report, ran = {}, []
+    torch.backends.cuda.matmul.allow_tf32 = False
+    for number, (name, members) in enumerate(groups.items(), 1):
+        if number % parts != part:
             continue
         try:
-            problem, ops, dout = build(small(shape), seed=len(seen))
-            torch.backends.cuda.matmul.allow_tf32 = False
-            want = reference(problem, ops, dout)
-            out, lse = run(shape, problem, ops)
-            got = [out] if shape[0] != "backward" else run(shape, problem, ops, (out, lse, dout))[:3]
-            want = want[:1] if shape[0] != "backward" else want[1:]
-            errors = [((a.float() - b).norm() / b.norm()).item() for a, b in zip(got, want, strict=True)]
-            # bf16 inputs and P: 2^-8 relative rounding gives 2.5e-3 in norm; a wrong key or row gives far more
-            report[group(shape)] = "ok" if max(errors) < 6e-3 else f"wrong: {errors}"
+            report[name] = verdict(members[0], number)
         except Exception as error:  # any failure of one kind of call must not hide the others
-            report[group(shape)] = f"{type(error).__name__}: {str(error)[:200]}"
-        print(group(shape), report[group(shape)], flush=True)
-    # compile what time will run, with its own sizes
-    for i, shape in enumerate(mine):
-        if i % parts == part and report.get(group(shape), "ok") == "ok":
+            report[name] = f"{type(error).__name__}: {str(error)[:200]}"
+        print(name, report[name], flush=True)
+        for shape in members if report[name] == "ok" else ():
             try:
                 problem, ops, dout = build(shape)
                 out, lse = run(shape, problem, ops)
                 if shape[0] == "backward":
                     run(shape, problem, ops, (out, lse, dout))
                 torch.cuda.synchronize()
+                ran.append(repr(shape))
             except Exception as error:
                 print("cannot run", shape, type(error).__name__, str(error)[:200], flush=True)
-    with open(path, "w") as f:
-        json.dump(report, f)
+        with open(path, "w") as f:
+            json.dump({"groups": report, "ran": ran}, f)
+
+
+def verdict(shape, seed):
+    """Whether a small call of the kind of `shape` agrees with fp32: "ok" or its errors."""
+    problem, ops, dout = build(small(shape), seed)
+    want = reference(problem, ops, dout)
+    out, lse = run(shape, problem, ops)
+    got = [out] if shape[0] != "backward" else run(shape, problem, ops, (out, lse, dout))[:3]
+    want = want[:1] if shape[0] != "backward" else want[1:]
+    errors = [((a.float() - b).norm() / b.norm()).item() for a, b in zip(got, want, strict=True)]
+    # bf16 inputs and P: 2^-8 relative rounding gives 2.5e-3 in norm; a wrong key or row gives far more
+    return "ok" if max(errors) < 6e-3 else f"wrong: {errors}"
 
 
 def captured(call):
@@ -246,15 +251,20 @@ def captured(call):
 def measure(path, chosen, held_out, ok_paths, budget):
     from triton.testing import do_bench
 
-    ok = {}
+    ok, ran = {}, set()
     for p in ok_paths:
-        ok |= json.loads(pathlib.Path(p).read_text())
+        checked = json.loads(pathlib.Path(p).read_text())
+        ok |= checked["groups"]
+        ran.update(checked["ran"])
     rows, started, skipped = [], time.time(), {}
     order = sorted(chosen, key=lambda s: zlib.crc32(repr(s).encode()))  # what a cut leaves out is no pattern
     for shape in order:
         kind, backend, B, H, Hk, M, N, D, (left, right), lens = shape
         if ok.get(group(shape)) != "ok":
             skipped[group(shape)] = ok.get(group(shape), "not checked")
+            continue
+        if repr(shape) not in ran:
+            skipped[str(shape)] = "not compiled by --check"
             continue
         if time.time() - started > budget:
             skipped["time"] = "budget spent"
@@ -266,7 +276,7 @@ def measure(path, chosen, held_out, ok_paths, budget):
                 out, lse = run(shape, problem, ops)
                 saved = (out, lse, dout)
             graph = captured(functools.partial(run, shape, problem, ops, saved))
-            q20, q50, q80 = do_bench(graph.replay, warmup=8, rep=40, quantiles=[0.2, 0.5, 0.8])
+            q20, q50, q80 = do_bench(graph.replay, warmup=8, rep=20, quantiles=[0.2, 0.5, 0.8])
         except Exception as error:
             skipped[str(shape)] = f"{type(error).__name__}: {str(error)[:200]}"
             continue
@@ -276,7 +286,7 @@ def measure(path, chosen, held_out, ok_paths, budget):
         rows.append(
             dict(
                 kind=kind, backend=backend, B=B, H=H, Hk=Hk, M=M, N=N, D=D, dtype="bfloat16",
-                causal=right == 0 and left is None, left=left, right=right, 
+                causal=right == 0 and left is None, left=left, right=right,
                 lens_q=lens if kind != "decode" else None, lens_k=lens,
                 time_us=round(q50 * 1e3, 3), p20_us=round(q20 * 1e3, 3), p80_us=round(q80 * 1e3, 3),
                 tiles=tiles,

@@ -161,10 +161,13 @@ const Counts = (() => {
     for (const one of all) {
       const matrix = one.flops / ((c.matrix * gpu.matrix) / gpu.processors);
       const softmax = (one.exps * c.exp) / (gpu.exps / gpu.processors);
-      const l2 = one.bytes / one.share / ((gpu.l2_bandwidth * FLASH_DATA.sustained.l2) / gpu.processors);
+      // Few programs spread over the processors before any two share one.
+      const number = one.items.reduce((sum, item) => sum + item.copies, 0);
+      const share = Math.max(1, Math.min(one.share, Math.ceil(number / gpu.processors)));
+      const l2 = one.bytes / share / ((gpu.l2_bandwidth * FLASH_DATA.sustained.l2) / gpu.processors);
       const step = Math.max(matrix + softmax + c.step, l2);
-      const workers = gpu.processors * one.share;
-      const items = one.items.map((item) => [(item.steps * step + item.masked * c.mask) * one.share + c.tile, item.copies]);
+      const workers = gpu.processors * share;
+      const items = one.items.map((item) => [(item.steps * step + item.masked * c.mask) * share + c.tile, item.copies]);
       const total = items.reduce((sum, [cost, copies]) => sum + cost * copies, 0) / workers;
       const steps = one.items.reduce((sum, item) => sum + item.steps * item.copies, 0) / gpu.processors;
       const busy = makespan(items, workers);

@@ -18,7 +18,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from flash_attn.cost.counts import count, sequences, tile_steps, visible_keys
+from flash_attn.cost.counts import Work, count, sequences, tile_steps, visible_keys
 from flash_attn.cost.hardware import SUSTAINED_BANDWIDTH, SUSTAINED_L2, Hardware, get_hardware
 from flash_attn.cost.tiles import Tile, Tiles, dims, info, resident, tiles_of
 from flash_attn.errors import ArgumentValueError
@@ -64,6 +64,7 @@ class Pass(NamedTuple):
     step_exps: float = 0
     step_bytes: float = 0  # through L2
     memory_bytes: float = 0
+    in_order: bool = False  # items are taken as they are listed, not the longest first
 
 
 class Estimate(NamedTuple):
@@ -159,31 +160,49 @@ def estimate(
     kind = direction if backend == "cpu" else kind or kind_of(problem, direction, hw)
     family = "triton" if kind == "decode" else backend  # one split kernel serves every GPU
     c = c or constants(family, kind)
-    rate = hw.matrix_rate(str(problem.dtype).removeprefix("torch."))
     if kind == "decode":
         assert isinstance(c, DecodeConstants)
         return _decode(problem, sequences(problem, lens_q, lens_k), work, hw, c)
     assert isinstance(c, Constants)
     if backend == "cpu":
-        return _on_cpu(work, hw, c, rate, kind)
+        return _on_cpu(work, hw, c, hw.matrix_rate(str(problem.dtype).removeprefix("torch.")), kind)
     tiles = Tiles(tile, tile) if isinstance(tile, Tile) else tile or tiles_of(problem, backend, kind, hw)
     lens = tuple(None if lens is None else tuple(lens) for lens in (lens_q, lens_k))
     passes = plan(problem, direction, backend, tiles, lens)
-    parts: dict[str, float] = dict.fromkeys(
-        ("matrix", "softmax", "overhead", "imbalance", "memory", "l2"), 0.0
-    )
+    return estimate_passes(passes, c, hw, problem, backend, kind, tiles.main, work)
+
+
+def estimate_passes(
+    passes: Sequence[Pass], c: Constants, hw: Hardware, problem: Problem, backend: str, kind: str, tile: Tile,
+    work: Work,
+) -> Estimate:  # fmt: skip
+    """The time of kernels that run one after the other."""
+    rate = hw.matrix_rate(str(problem.dtype).removeprefix("torch."))
+    names = ("matrix", "softmax", "overhead", "imbalance", "memory", "l2")
+    parts: dict[str, float] = dict.fromkeys(names, 0.0)
     for one in passes:
         for name, value in _pass_time(one, hw, c, rate).items():
             parts[name] += value
     parts["launch"] = hw.launch * len(passes)
-    return _result(parts, backend, kind, hw, tiles.main, work)
+    return _result(parts, backend, kind, hw, tile, work)
 
 
 @lru_cache(maxsize=4096)
 def plan(problem: Problem, direction: str, backend: str, tiles: Tiles, lens: tuple) -> tuple[Pass, ...]:
     """The kernels of a call; what does not depend on the constants."""
-    shapes, work = sequences(problem, *lens), count(problem, direction, *lens)
-    return (_forward if direction == "forward" else _backward)(problem, shapes, work, tiles, backend)
+    work = count(problem, direction, *lens)
+    return (_forward if direction == "forward" else _backward)(
+        problem, _shapes(problem, lens), work, tiles, backend
+    )
+
+
+def _shapes(problem: Problem, lens: tuple) -> tuple[tuple[int, int], ...]:
+    """(queries, keys) of every packed sequence in turn, or of the only shape there is."""
+    q, k = lens
+    if q is None and k is None:
+        return ((problem.max_q, problem.max_k),)
+    lens_q, lens_k = q or (problem.max_q,) * problem.batch, k or (problem.max_k,) * problem.batch
+    return tuple(zip(lens_q, lens_k, strict=True))
 
 
 def _result(parts: dict[str, float], backend: str, kind: str, hw: Hardware, tile: Tile, work) -> Estimate:
@@ -196,14 +215,16 @@ def _pass_time(one: Pass, hw: Hardware, c: Constants, rate: float) -> dict[str, 
     """Seconds by cause; L2 and memory appear only as far as they exceed the rest."""
     matrix = one.step_flops / (c.matrix * rate / hw.processors)
     softmax = one.step_exps * c.exp / (hw.exps / hw.processors)
-    # Programs that share a processor work on the same head, and find each other's keys in its L1.
-    l2 = one.step_bytes / one.resident / (hw.l2_bandwidth * SUSTAINED_L2 / hw.processors)
+    # Programs that share a processor work on the same head, and find each other's keys in its L1. Few programs spread
+    # over the processors first.
+    share = max(1, min(one.resident, -(-sum(copies for *_, copies in one.items) // hw.processors)))
+    l2 = one.step_bytes / share / (hw.l2_bandwidth * SUSTAINED_L2 / hw.processors)
     step = max(matrix + softmax + c.step, l2)
-    workers = hw.processors * one.resident
-    items = [((steps * step + masked * c.mask) * one.resident + c.tile, n) for steps, masked, n in one.items]
+    workers = hw.processors * share
+    items = [((steps * step + masked * c.mask) * share + c.tile, n) for steps, masked, n in one.items]
     total = sum(cost * copies for cost, copies in items) / workers
     steps = sum(steps * copies for steps, _, copies in one.items) / hw.processors
-    busy = makespan(items, workers)
+    busy = makespan(items, workers, one.in_order)
     parts = {
         "matrix": steps * matrix,
         "softmax": steps * softmax,
@@ -215,12 +236,18 @@ def _pass_time(one: Pass, hw: Hardware, c: Constants, rate: float) -> dict[str, 
     return parts
 
 
-def makespan(items: Sequence[tuple[float, int]], workers: int) -> float:
-    """When the last of `workers` finishes, if each takes the longest item that is left as soon as it is free."""
-    items = sorted((item for item in items if item[1]), reverse=True)
+def makespan(items: Sequence[tuple[float, int]], workers: int, in_order: bool = False) -> float:
+    """When the last of `workers` finishes, if each takes the next item as soon as it is free.
+
+    Args:
+        items: (cost, copies). in_order: the next is the first that is left, not the longest.
+    """
+    items = [item for item in items if item[1]]
     if not items:
         return 0.0
-    total, longest = sum(cost * copies for cost, copies in items), items[0][0]
+    if not in_order:
+        items.sort(reverse=True)
+    total, longest = sum(cost * copies for cost, copies in items), max(items)[0]
     number = sum(copies for _, copies in items)
     if number <= workers:
         return longest
@@ -235,55 +262,91 @@ def makespan(items: Sequence[tuple[float, int]], workers: int) -> float:
     return max(free)
 
 
-def _items(shapes, tile: Tile, left: int | None, right: int | None, heads: int, each: int) -> tuple:
-    """Work items of `heads` heads over all sequences, each repeated `each` times inside the item."""
+Item = tuple[int, int, int]
+
+
+def in_turn(
+    shapes: Sequence[tuple[int, int]],
+    tile: Tile,
+    left: int | None,
+    right: int | None,
+    copies: int = 1,
+    each: int = 1,
+) -> tuple[Item, ...]:
+    """Work items of all sequences from the first tile of rows to the last.
+
+    Args:
+        copies: of each item (heads). each: how often an item goes over its steps.
+    """
+    return tuple(
+        (steps * each, masked * each, copies)
+        for m, n in shapes
+        for steps, masked in tile_steps(m, n, left, right, tile.block_m, tile.block_n)
+    )
+
+
+def _merged(items: Sequence[Item], times: int) -> tuple[Item, ...]:
+    """The same items `times` over, equal ones counted together."""
     found: Counter[tuple[int, int]] = Counter()
-    for (m, n), times in shapes.items():
-        for steps, masked in tile_steps(m, n, left, right, tile.block_m, tile.block_n):
-            found[steps * each, masked * each] += times * heads
-    return tuple((steps, masked, copies) for (steps, masked), copies in found.items())
+    for steps, masked, copies in items:
+        found[steps, masked] += copies * times
+    return tuple((*item, copies) for item, copies in found.items())
 
 
 def _forward(problem: Problem, shapes, work, tiles: Tiles, backend: str) -> tuple[Pass, ...]:
-    tile = tiles.main
-    items = _items(shapes, tile, problem.left, problem.right, problem.heads, 1)
+    p, tile, packed = problem, tiles.main, len(shapes) > 1
+    items: Sequence[Item]
+    if not packed:  # the longest first, as far as L2 holds their keys
+        items = _merged(in_turn(shapes, tile, p.left, p.right), p.batch * p.heads)
+    elif backend == "hopper":  # one sequence after the other
+        of_sequence = [in_turn([shape], tile, p.left, p.right, p.heads) for shape in shapes]
+        items = [item for each in of_sequence for item in (each if p.right is None else each[::-1])]
+    else:
+        items = in_turn(shapes, tile, p.left, p.right, p.heads)[::-1]
     block = tile.block_m * tile.block_n
-    token = (problem.head_dim + problem.head_dim_v) * problem.dtype.itemsize  # K and V of one head
-    flops = 2 * block * sum(dims(problem, backend))
-    share = 1 if backend == "hopper" else resident(tile, dims(problem, backend), problem.dtype.itemsize)
-    return (Pass("forward", items, share, flops, block, tile.block_n * token, work.flash_bytes),)
+    token = (p.head_dim + p.head_dim_v) * p.dtype.itemsize  # K and V of one head
+    flops = 2 * block * sum(dims(p, backend))
+    share = 1 if backend == "hopper" else resident(tile, dims(p, backend), p.dtype.itemsize)
+    moved = tile.block_n * token
+    return (Pass("forward", tuple(items), share, flops, block, moved, work.flash_bytes, packed),)
 
 
 def _backward(problem: Problem, shapes, work, tiles: Tiles, backend: str) -> tuple[Pass, ...]:
-    d, dv = dims(problem, backend)
+    p, (d, dv), packed = problem, dims(problem, backend), len(shapes) > 1
     tile, t = tiles.main, work.tensors
     block = tile.block_m * tile.block_n
     # A work item is a tile of keys of one kv head with the queries of the whole group. Seen from the keys the mask is
     # the same band with its sides exchanged.
-    turned = {(n, m): times for (m, n), times in shapes.items()}
-    sides = Tile(tile.block_n, tile.block_m)
-    keys = _items(turned, sides, problem.right, problem.left, problem.kv_heads, problem.group)
+    turned = [(n, m) for m, n in shapes]
+    keys = in_turn(turned, Tile(tile.block_n, tile.block_m), p.right, p.left, 1, p.group)
     reads = t["q"] + t["k"] + t["v"] + t["dout"]
-    token = (problem.head_dim + problem.head_dim_v) * problem.dtype.itemsize
+    token = (p.head_dim + p.head_dim_v) * p.dtype.itemsize
     query = tile.block_m * (token + 8)  # Q, dO and the row statistics that a step loads
     before = Pass("row statistics", memory_bytes=t["out"] + t["dout"] + 3 * t["lse"])
+    heads = 1 if packed else p.batch
     if backend == "hopper":
-        wide = work.rows * problem.head_dim * 4  # dQ in fp32, added up in L2
+        keys = (
+            tuple((*item[:2], p.kv_heads) for item in keys) if packed else _merged(keys, heads * p.kv_heads)
+        )
+        wide = work.rows * p.head_dim * 4  # dQ in fp32, added up in L2
         flops = 2 * block * (3 * d + 2 * dv)
-        moved = query + tile.block_m * problem.head_dim * 4
-        main = Pass("dk dv dq", keys, 1, flops, block, moved, reads + t["dk"] + t["dv"])
+        moved = query + tile.block_m * p.head_dim * 4
+        main = Pass("dk dv dq", keys, 1, flops, block, moved, reads + t["dk"] + t["dv"], packed)
         before = before._replace(memory_bytes=before.memory_bytes + wide)
         return before, main, Pass("dq", memory_bytes=wide + t["dq"])
     other = tiles.rows or tile
-    rows = _items(shapes, other, problem.left, problem.right, problem.heads, 1)
-    share = [resident(x, (d, dv), problem.dtype.itemsize, backward=True) for x in (tile, other)]
-    dkdv = Pass("dk dv", keys, share[0], 4 * block * (d + dv), block, query, reads + t["dk"] + t["dv"])
-    block = other.block_m * other.block_n
-    flops = 2 * block * (2 * d + dv)
+    rows = in_turn(shapes, other, p.left, p.right)
+    if packed:  # head after head
+        keys, rows = keys * p.kv_heads, (rows if p.right is None else rows[::-1]) * p.heads
+    else:
+        keys, rows = _merged(keys, heads * p.kv_heads), _merged(rows, heads * p.heads)
+    share = [resident(x, (d, dv), p.dtype.itemsize, backward=True) for x in (tile, other)]
+    exps_dq = other.block_m * other.block_n
+    flops, flops_dq = 4 * block * (d + dv), 2 * exps_dq * (2 * d + dv)
     return (
         before,
-        dkdv,
-        Pass("dq", rows, share[1], flops, block, other.block_n * token, reads + t["dq"]),
+        Pass("dk dv", keys, share[0], flops, block, query, reads + t["dk"] + t["dv"], packed),
+        Pass("dq", rows, share[1], flops_dq, exps_dq, other.block_n * token, reads + t["dq"], packed),
     )
 
 

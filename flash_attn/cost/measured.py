@@ -32,6 +32,7 @@ class Row(NamedTuple):
     source: str  # file name
     tiles: Tiles | None  # the kernel had; None: those of today's tuning table
     held_out: bool = False  # measured to judge the model: never calibrates it
+    date: str = ""
 
     @property
     def direction(self) -> str:
@@ -110,8 +111,9 @@ def row_of(fields: dict[str, Any], source: str) -> Row:
     tiles = fields.get("tiles") and Tiles(*(Tile(*tile) for tile in fields["tiles"]))
     held_out = bool(fields.get("held_out"))
     return Row(
-        problem, fields["kind"], fields["backend"], lens_q, lens_k, time_s, hardware, source, tiles, held_out
-    )
+        problem, fields["kind"], fields["backend"], lens_q, lens_k, time_s, hardware, source, tiles, held_out,
+        str(fields.get("date", "")),
+    )  # fmt: skip
 
 
 def kernels_hardware() -> list[str]:
@@ -136,8 +138,12 @@ def result_files(folder: Path | None = None) -> list[Path]:
 
 
 def load(paths: Sequence[Path], backends: Sequence[str] = OURS) -> list[Row]:
-    """The rows of `paths` that `backends` made. Files that hold something else than rows are passed over."""
-    rows = []
+    """The rows of `paths` that `backends` made. Files that hold something else than rows are passed over.
+
+    Of a call that was measured several times only the latest date counts: the kernels were changed in between. Ordered
+    sums of dQ (Hopper, deterministic) are passed over: the model does not know what waiting for each other costs.
+    """
+    rows: dict[tuple, Row] = {}
     for path in paths:
         content = json.loads(path.read_text())
         meta, found = (
@@ -147,8 +153,13 @@ def load(paths: Sequence[Path], backends: Sequence[str] = OURS) -> list[Row]:
             continue
         for fields in found:
             if isinstance(fields, dict) and "time_us" in fields and fields.get("backend") in backends:
-                rows.append(row_of(meta | fields, path.name))
-    return rows
+                row = row_of(meta | fields, path.name)
+                if row.problem.deterministic and row.family == "hopper/backward":
+                    continue
+                call = row.label, row.lens_q, row.lens_k, row.hardware, row.held_out
+                if call not in rows or rows[call].date <= row.date:
+                    rows[call] = row
+    return list(rows.values())
 
 
 def compare(rows: Sequence[Row]) -> Table:
