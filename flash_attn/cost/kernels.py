@@ -12,23 +12,22 @@ and at least as long as its traffic to memory. `c` comes from `data/kernels.json
 
 import heapq
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from flash_attn.cost.counts import Work, count, sequences, tile_steps, visible_keys
+from flash_attn.cost.counts import Work, count, tile_steps, visible_keys
 from flash_attn.cost.hardware import SUSTAINED_BANDWIDTH, SUSTAINED_L2, Hardware, get_hardware
 from flash_attn.cost.tiles import Tile, Tiles, dims, info, resident, tiles_of
 from flash_attn.errors import ArgumentValueError
 from flash_attn.kvcache import splits
 from flash_attn.problem import Problem
-from flash_attn.tuning.config import FwdConfig
 
 BACKENDS = ("hopper", "triton", "cpu")
 KINDS = ("forward", "backward", "decode")
-DECODE_KEYS = 64  # of a key tile
 SIMULATED = 30_000  # work items above which the schedule is estimated instead of played through
 
 
@@ -162,7 +161,7 @@ def estimate(
     c = c or constants(family, kind)
     if kind == "decode":
         assert isinstance(c, DecodeConstants)
-        return _decode(problem, sequences(problem, lens_q, lens_k), work, hw, c)
+        return _decode(problem, _shapes(problem, (lens_q, lens_k)), work, hw, c)
     assert isinstance(c, Constants)
     if backend == "cpu":
         return _on_cpu(work, hw, c, hw.matrix_rate(str(problem.dtype).removeprefix("torch.")), kind)
@@ -351,30 +350,42 @@ def _backward(problem: Problem, shapes, work, tiles: Tiles, backend: str) -> tup
 
 
 def _decode(problem: Problem, shapes, work, hw: Hardware, c: DecodeConstants) -> Estimate:
-    """Reading K and V once: bound by the bandwidth, or by how fast so many programs can ask for it."""
-    rows = min(splits.MAX_ROWS, max(16, 1 << (splits.rows(problem) - 1).bit_length()))
-    config = FwdConfig(rows, DECODE_KEYS, 4, 3)
-    spans = splits.num_splits(problem, config, hw.processors)
-    programs = problem.kv_heads * spans * -(-splits.rows(problem) // config.block_m)
-    tiles: dict[float, int] = {}
-    for (m, n), times in shapes.items():
-        keys = visible_keys(m, n, problem.left, problem.right)
-        # All spans are planned for the longest sequence, so those of shorter ones hold fewer tiles.
-        tiles_all = -(-keys // config.block_n)
-        each = -(-tiles_all // spans)
-        tiles[each] = tiles.get(each, 0) + times * programs
-    items = [(each * c.tile, number) for each, number in tiles.items()]
-    asking = makespan(items, 2 * hw.processors)
+    """Reading K and V once: at the rate of the memory or as fast as so many programs can ask for it, and as long as the
+    processor with the most to read."""
+    p, device = problem, info(hw)
+    config = splits.configs(p, device.shared_memory, hw.processors)[0]
+    spans = splits.num_splits(p, config, hw.processors)
+    programs = p.kv_heads * spans * -(-splits.rows(p) // config.block_m)
+    # All spans are planned for the longest sequence, so those of shorter ones hold fewer tiles.
+    keys = [visible_keys(m, n, p.left, p.right) for m, n in shapes]
+    tiles = [math.ceil(math.ceil(count / config.block_n) / spans) for count in keys]
+    if len(shapes) == 1:
+        tiles *= p.batch
     rate = hw.bandwidth * c.bandwidth
-    partial = 2 * spans * work.rows * (problem.head_dim_v + 1) * 4 if spans > 1 else 0
+    asking = min(len(tiles) * programs, hw.processors)
+    tile_bytes = config.block_n * (p.head_dim + p.head_dim_v) * p.dtype.itemsize
+    each = max(c.tile, tile_bytes * asking / rate)
+    share = max(1, device.shared_memory // (config.num_stages * tile_bytes))
+    most = _most_loaded([count for count in tiles for _ in range(programs)], hw.processors, share)
+    partial = 2 * spans * work.rows * (p.head_dim_v + 1) * 4 if spans > 1 else 0
     memory = (work.flash_bytes + partial) / rate
     parts = {
         "memory": memory,
-        "latency": max(0.0, asking - memory),
+        "latency": max(0.0, most * each - memory),
         "combine": c.merge if spans > 1 else 0.0,
         "launch": c.start,
     }
     return _result(parts, "triton", "decode", hw, Tile(config.block_m, config.block_n), work)
+
+
+def _most_loaded(costs: Sequence[int], processors: int, share: int) -> int:
+    """The largest load of a processor: the first `share` programs of each are dealt out in turn, before anything is
+    known of their lengths; the rest go where there is least to do."""
+    loads = [sum(costs[i : share * processors : processors]) for i in range(processors)]
+    heapq.heapify(loads)
+    for cost in costs[share * processors :]:
+        heapq.heapreplace(loads, loads[0] + cost)
+    return max(loads)
 
 
 def _on_cpu(work, hw: Hardware, c: Constants, rate: float, kind: str) -> Estimate:
