@@ -124,6 +124,9 @@ def _tile(problem: Problem) -> dict[str, Any]:
         return tile | dict(STAGES=4)
     if dim <= 128:
         return tile
+    (d0, d1), (v0, v1) = split_dim(problem.head_dim), split_dim(problem.head_dim_v)
+    if v0 != d0 or v1 not in (0, d1):  # O does not fit into the place of Q
+        return tile | dict(BN=64, PINGPONG=False, CHAIN=False)
     if problem.head_dim_v <= 128:  # shared memory has no room for a second Q
         return tile | dict(CHAIN=False, SHARE=True)
     return tile | dict(BN=64, PINGPONG=False, CHAIN=False, SHARE=True, STAGES=3 if dim <= 192 else 2)
