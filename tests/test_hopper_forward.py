@@ -98,6 +98,17 @@ def test_measured_rows_serve_plain_problems_only():
         )
 
 
+MIXED_DIMS = [(64, 256), (256, 64), (128, 192), (192, 256), (192, 64)]
+
+
+@pytest.mark.parametrize("d", [64, 96, 128, 160, 192, 256])
+def test_o_takes_the_place_of_q_only_where_it_fits(d):
+    """Head dims of 64 and 256 (keys, values) did not compile: O was put where Q had been, which was a quarter of it."""
+    for dv in (64, 96, 128, 160, 192, 256):
+        config = hopper_launch.plan(problem(head_dim=d, head_dim_v=dv)).config
+        assert not config.SHARE or (config.V0 == config.D0 and config.V1 in (0, config.D1))
+
+
 def test_tiles_are_drawn_from_a_counter_only_where_programs_take_more_than_one():
     """A captured launch without a counter is one kernel."""
     for batch, drawn in ((1, False), (64, True)):
@@ -161,6 +172,13 @@ class TestCompiled:
         # the loop of each warpgroup: nearly all of its exponentials run under P V
         loops = [n for n in report.overlap if n > 8]
         assert len(loops) >= config.WARPGROUPS and min(loops) >= 0.9 * config.BN // 2
+
+    @pytest.mark.parametrize("dims", MIXED_DIMS, ids=str)
+    def test_values_wider_or_narrower_than_keys(self, dims, tmp_path):
+        case = Case("mixed", causal=True, head_dim_v=dims[1], **HALF | dict(head_dim=dims[0]))
+        report = inspect(compiled(case)[1], tmp_path)
+        assert report.warnings == [] and report.spills == 0
+        assert report.shared <= device.KNOWN["h200"].shared_memory
 
 
 # bytes that ptxas spills with Triton 3.9; none with 3.6

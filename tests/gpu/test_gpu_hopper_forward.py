@@ -47,6 +47,9 @@ CASES = [
     Case("mla_packed", head_dim=192, head_dim_v=128, dtype=BF16, causal=True, **PACKED),
     *(Case(f"head_dim_{d}", **LONG | dict(head_dim=d), causal=True) for d in (8, 32, 40, 72, 80, 96, 160, 192, 224)),
     Case("head_dim_64_v128", **LONG, head_dim_v=128),
+    Case("head_dim_64_v256", **LONG, head_dim_v=256, causal=True),
+    Case("head_dim_256_v64", **LONG | dict(head_dim=256), head_dim_v=64),
+    Case("head_dim_192_v256", **LONG | dict(head_dim=192), head_dim_v=256, window=(90, 10)),
 ]  # fmt: skip
 
 

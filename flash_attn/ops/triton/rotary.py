@@ -18,17 +18,19 @@ def rotate(x, partner, cos, sin):
     return x * cos - partner * sin
 
 
-# not specialised on lengths: a new one compiles nothing
+# Not specialised on lengths: a new one compiles nothing. Strides are single numbers because torch.compile, which takes
+# this kernel apart, knows no tuples (torch 2.11).
 @triton.jit(do_not_specialize=["seqlen", "nheads", "seqlen_ro", "seqlen_offsets"])
 def rotary_kernel(
-    out, x, cos, sin, cu_seqlens, seqlen_offsets, seqlen, nheads, seqlen_ro, out_strides, x_strides,
+    out, x, cos, sin, cu_seqlens, seqlen_offsets, seqlen, nheads, seqlen_ro,
+    out_batch_stride, out_seq_stride, out_head_stride, x_batch_stride, x_seq_stride, x_head_stride,
     ROTARY_HALF: tl.constexpr, PER_SEQUENCE_OFFSETS: tl.constexpr, INTERLEAVED: tl.constexpr,
     CONJUGATE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Rotate BLOCK_M rows of BLOCK_H heads of one sequence. Grid: (row blocks, head blocks, batch).
 
-    Strides are (batch, seq, head). A program reads both elements of every pair before it writes them, and
-    no other program touches them, so `out` may be `x`.
+    A program reads both elements of every pair before it writes them, and no other program touches them, so `out` may
+    be `x`.
     """
     row_block, head_block, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start = 0
@@ -52,13 +54,9 @@ def rotary_kernel(
             s = -s
         # 64-bit: batch stride times batch passes 2^31 for long packed tensors
         row = (start + rows).to(tl.int64)[None, :, None]
-        x_row = x + b.to(tl.int64) * x_strides[0] + row * x_strides[1] + heads[:, None, None] * x_strides[2]
-        out_row = (
-            out
-            + b.to(tl.int64) * out_strides[0]
-            + row * out_strides[1]
-            + heads[:, None, None] * out_strides[2]
-        )
+        batch, head = b.to(tl.int64), heads[:, None, None]
+        x_row = x + batch * x_batch_stride + row * x_seq_stride + head * x_head_stride
+        out_row = out + batch * out_batch_stride + row * out_seq_stride + head * out_head_stride
         in_rows = (heads < nheads)[:, None, None] & (rows < seqlen)[None, :, None]
         if INTERLEAVED:
             # one contiguous load of all pairs, split in registers
@@ -126,7 +124,7 @@ def apply_rotary(
     # the launch goes to the current device, which need not be that of x
     with torch.cuda.device_of(x):
         rotary_kernel[grid](
-            out, x, cos, sin, cu_seqlens, seqlen_offsets, seqlen, nheads, cos.shape[0], out_strides, x_strides,
+            out, x, cos, sin, cu_seqlens, seqlen_offsets, seqlen, nheads, cos.shape[0], *out_strides, *x_strides,
             ROTARY_HALF=half, PER_SEQUENCE_OFFSETS=per_sequence, INTERLEAVED=interleaved, CONJUGATE=conjugate,
             BLOCK_H=block_h, BLOCK_M=block_m, BLOCK_K=block_k,
         )  # fmt: skip
