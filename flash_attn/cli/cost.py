@@ -9,7 +9,7 @@ from rich.console import Console
 
 from flash_attn.cli import cost_views as views
 from flash_attn.cli import problem_args as args
-from flash_attn.cost import accounting, calibrate, measured, plots, sweep
+from flash_attn.cost import accounting, calibrate, fit, measured, plots, sweep
 from flash_attn.cost.genz import inference
 from flash_attn.cost.genz.system import SYSTEMS, System
 from flash_attn.cost.hardware import HARDWARE, Hardware, get_hardware
@@ -74,9 +74,12 @@ def register(app: typer.Typer) -> None:
             given = ["--" + name.replace("_", "-") for name, value in of_models.items() if value]
             if given:
                 raise typer.BadParameter(f"{', '.join(given)}: of a whole model, which --model names")
+        if results and not validate:
+            raise typer.BadParameter("--results is what --validate compares with")
         console = Console()
         files = Files(png, csv, json)
         try:
+            files.check()
             if known:
                 views.known(console, KNOWN.values(), HARDWARE.values())
             elif calibrate_:
@@ -86,7 +89,8 @@ def register(app: typer.Typer) -> None:
             else:
                 accounting.check_mode(mode)
                 devices = [get_hardware(name) for name in (compare or hardware).split(",") if name]
-                seq, keys = sweep.number(seqlen), sweep.number(seqlen_k) if seqlen_k else None
+                seq = sweep.number(seqlen, "--seqlen")
+                keys = sweep.number(seqlen_k, "--seqlen-k") if seqlen_k else None
                 if model:
                     par = Parallel(tensor, pipeline, sequence, context, micro_batches)
                     asked = Asked(
@@ -130,6 +134,12 @@ class Files(NamedTuple):
         for path in self:
             if path:
                 console.print(f"wrote {path}")
+
+    def check(self) -> None:
+        """Before any work: the folders must exist."""
+        for path in self:
+            if path and not path.parent.is_dir():
+                raise ArgumentValueError(f"cannot write {path}: there is no folder {path.parent}")
 
 
 class Asked(NamedTuple):
@@ -243,5 +253,8 @@ def _validate(console: Console, folder: Path | None, files: Files) -> None:
     if not rows:
         raise ArgumentValueError("the stored results hold no rows of our kernels")
     table = measured.compare(rows)
+    if folder is None:  # the constants are fitted to these
+        for line, role in zip(table, fit.roles(rows), strict=True):
+            line["role"] = role
     views.validation(console, table)
     files.write(console, table, lambda path: plots.validation_png(table, path))

@@ -222,11 +222,20 @@ def validation(console: Console, table: Table) -> None:
         )
         rich.add_row(row["call"], *cells)
     console.print(rich)
-    summary = _table("errors", "family", "rows", "median", "90th percentile", "worst")
-    families = sorted({row["family"] for row in table})
-    for name in [*families, "all"]:
-        e = measured.errors([row for row in table if name in ("all", row["family"])])
-        summary.add_row(name, str(e.rows), f"{e.median:.1%}", f"{e.p90:.1%}", f"{e.worst:.1%}")
+    summary = _table("errors", "rows", "number", "median", "90th percentile", "worst")
+    judged = [row for row in table if row.get("role") != "calibrates"]
+    groups = {
+        name: [row for row in judged if row["family"] == name]
+        for name in sorted({r["family"] for r in judged})
+    }
+    groups["all of these"] = judged
+    if len(judged) < len(table):
+        groups["drawn at random"] = [row for row in judged if row["role"] == "drawn"]
+        groups["those that calibrate"] = [row for row in table if row["role"] == "calibrates"]
+    for name, rows in groups.items():
+        if rows:
+            e = measured.errors(rows)
+            summary.add_row(name, str(e.rows), f"{e.median:.1%}", f"{e.p90:.1%}", f"{e.worst:.1%}")
     console.print(summary)
 
 

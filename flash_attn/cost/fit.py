@@ -88,6 +88,14 @@ def validation_half(rows: Sequence[measured.Row]) -> list[measured.Row]:
     return [row for row in rows if row.label not in labels]
 
 
+def roles(rows: Sequence[measured.Row]) -> list[str]:
+    """What each row is for: "calibrates", "validates", or "drawn" (held out, of a random shape)."""
+    calibrating = {row.label for of_family in families(rows).values() for row in calibration_half(of_family)}
+    return [
+        "drawn" if row.held_out else "calibrates" if row.label in calibrating else "validates" for row in rows
+    ]
+
+
 def families(rows: Sequence[measured.Row]) -> dict[str, list[measured.Row]]:
     found: dict[str, list[measured.Row]] = {}
     for row in rows:

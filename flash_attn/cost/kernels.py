@@ -28,6 +28,7 @@ from flash_attn.problem import Problem
 
 BACKENDS = ("hopper", "triton", "cpu")
 KINDS = ("forward", "backward", "decode")
+HOPPERS = ("h100", "h200")
 SIMULATED = 30_000  # work items above which the schedule is estimated instead of played through
 
 
@@ -105,14 +106,18 @@ def constants(backend: str, kind: str) -> AnyConstants:
     return known[family]
 
 
+def _is_cpu(hardware: Hardware) -> bool:
+    return "fp64" in hardware.matrix
+
+
 def choose(problem: Problem, hardware: Hardware, direction: str) -> str:
     """The backend that serves `problem` on `hardware` when none is asked for."""
-    if hardware.processors == 0 or "fp64" in hardware.matrix:
+    if _is_cpu(hardware):
         return "cpu"
     half = problem.dtype.itemsize == 2
     features = problem.dropout_p or problem.alibi or problem.leftpad
     if (
-        hardware.name in ("h100", "h200")
+        hardware.name in HOPPERS
         and half
         and max(problem.head_dim, problem.head_dim_v) <= 256
         and not features
@@ -156,6 +161,10 @@ def estimate(
     backend = backend or choose(problem, hw, direction)
     if backend not in BACKENDS:
         raise ArgumentValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if (backend == "cpu") != _is_cpu(hw):
+        raise ArgumentValueError(f"backend {backend} does not run on {hw.title}")
+    if backend == "hopper" and hw.name not in HOPPERS:
+        raise ArgumentValueError(f"backend hopper runs on {' and '.join(HOPPERS)}, not on {hw.title}")
     kind = direction if backend == "cpu" else kind or kind_of(problem, direction, hw)
     family = "triton" if kind == "decode" else backend  # one split kernel serves every GPU
     c = c or constants(family, kind)

@@ -24,8 +24,8 @@ class Sweep(NamedTuple):
     values: list[int]
 
 
-def number(text: str) -> int:
-    """An integer with an optional binary suffix: 4096, 4k, 1M.
+def number(text: str, what: str = "a size") -> int:
+    """An integer with an optional binary suffix: 4096, 4k, 1M; `what` names it in an error.
 
     Raises:
         ArgumentValueError: it is not one, or it is not positive.
@@ -36,10 +36,10 @@ def number(text: str) -> int:
         value = int(text[:-1] if factor > 1 else text) * factor
     except ValueError:
         raise ArgumentValueError(
-            f"a size must be an integer with an optional k, M or G, got {text!r}"
+            f"{what} must be an integer with an optional k, M or G, got {text!r}"
         ) from None
     if value <= 0:
-        raise ArgumentValueError(f"a size must be positive, got {text!r}")
+        raise ArgumentValueError(f"{what} must be positive, got {text!r}")
     return value
 
 

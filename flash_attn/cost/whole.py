@@ -168,8 +168,10 @@ def _check_parallel(shape: ModelShape, par: Parallel, phase: str, batch: int, se
         )
     if phase != "decode":
         divides("sequence x context", par.sequence * par.context, "seqlen", seqlen)
+    if par.micro_batches < 0:
+        raise ArgumentValueError(f"micro_batches must be 0 (one a stage) or more, got {par.micro_batches}")
     micro = par.micro_batches or (1 if phase == "decode" or batch % par.pipeline else par.pipeline)
-    if batch % positive("micro_batches", micro):
+    if batch % micro:
         raise ArgumentValueError(f"micro_batches must divide batch, got {micro} and {batch}")
     return par._replace(micro_batches=micro)
 
