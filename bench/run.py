@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from bench import decode, host
+from bench import decode, features, host
 from bench.peers import flash_attn_3
 from flash_attn import use_backend
 from flash_attn.cli.bench import show
@@ -41,7 +41,7 @@ def grid() -> Iterator[Problem]:
                 yield dense(head_dim, seqlen, right)
 
 
-def features() -> Iterator[Problem]:
+def costs() -> Iterator[Problem]:
     """What windows, softcap, dropout and grouped heads cost, each beside the plain problem."""
     yield dense(128, 16384, 0)
     yield dense(128, 16384, 0, left=1023)
@@ -57,7 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    suites = ("forward", "backward", "features", "decode", "host")
+    suites = ("forward", "backward", "features", "costs", "decode", "host")
     parser.add_argument("suites", nargs="*", default=suites, choices=(*suites, []), help=", ".join(suites))
     parser.add_argument("--seconds", type=float, default=0.1, help="time spent on each measurement")
     parser.add_argument("--flex", action="store_true", help="also FlexAttention")
@@ -80,7 +80,9 @@ def main() -> None:
             elif suite == "host":
                 rows = host.rows()
             elif suite == "features":
-                cells = race.run_grid(features(), ("forward", "backward"), peers, options.seconds)
+                rows = features.rows(options.fa3_library is not None)
+            elif suite == "costs":
+                cells = race.run_grid(costs(), ("forward", "backward"), peers, options.seconds)
                 rows = [r for cell in cells for r in cell]
             else:
                 rows = [r for cell in race.run_grid(grid(), (suite,), peers, options.seconds) for r in cell]

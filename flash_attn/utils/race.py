@@ -3,11 +3,12 @@
 import datetime
 import json
 import platform
+import random
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,8 @@ def work_flop(p: Problem, direction: str) -> float:
     return forward * (2.5 if direction == "backward" else 1.0)
 
 
-def stopwatch(run, device: str, budget_s: float) -> float:
-    """Median seconds of one call of `run`, over about `budget_s` seconds."""
-    if device == "cuda":
-        from triton.testing import do_bench
-
-        return do_bench(run, warmup=budget_s * 250, rep=budget_s * 1000, return_mode="median") / 1e3
+def stopwatch(run: Callable[[], object], budget_s: float) -> float:
+    """Median seconds of one call of `run` on the CPU, over about `budget_s` seconds."""
     run()
     times: list[float] = []
     end = time.perf_counter() + budget_s
@@ -45,6 +42,38 @@ def stopwatch(run, device: str, budget_s: float) -> float:
         run()
         times.append(time.perf_counter() - begin)
     return statistics.median(times)
+
+
+def take_turns(
+    runs: Mapping[str, Callable[[], object]], rounds: int = 5, burst_s: float = 0.02
+) -> dict[str, float]:
+    """Median seconds of one call of each of `runs` on the GPU.
+
+    A GPU starts at a high clock and falls within half a second of load, and how far depends on what ran before. So it
+    is loaded first, and then every run has a burst of calls in each round, in random order.
+    """
+    calls, start, end = {}, torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    def burst(run: Callable[[], object], calls: int) -> float:
+        start.record()
+        for _ in range(calls):
+            run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / calls / 1e3
+
+    for name, run in runs.items():
+        run()
+        calls[name] = max(2, round(burst_s / burst(run, 2)))
+    until = time.perf_counter() + 0.2
+    while time.perf_counter() < until:
+        for name, run in runs.items():
+            burst(run, calls[name])
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name in random.sample(list(runs), len(runs)):
+            times[name].append(burst(runs[name], calls[name]))
+    return {name: statistics.median(found) for name, found in times.items()}
 
 
 def make_inputs(p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -59,39 +88,69 @@ def make_inputs(p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )  # fmt: skip
 
 
-def is_wrong(run, p: Problem, q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    """Why the result of `run` on one batch row and two heads is wrong, or None; a wrong result is not timed."""
+class WrongResult(RuntimeError):
+    """A result that is not timed."""
+
+
+def check(run: Callable[[], Tensor], p: Problem, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise WrongResult unless `run` is right on one batch row and one head of keys."""
+    out = run()
+    if p.dropout_p or p.max_q * p.max_k > 2**26:
+        return  # random, or too large for a reference that stores the score matrix
     heads = slice(0, p.group)
     few = p._replace(batch=1, heads=p.group, kv_heads=1)
-    if p.dropout_p or p.max_q * p.max_k > 2**26:
-        return None  # random, or too large for a reference that stores the score matrix
     want, _ = oracle(few, Operands(q[:1, :, heads], k[:1, :, :1], v[:1, :, :1]), dtype=torch.float32)
-    error = float((run(q, k, v)[:1, :, heads].float() - want).norm() / want.norm())
-    return None if error < 2e-2 else f"relative error {error:.1e}"
+    error = float((out[:1, :, heads].float() - want).norm() / want.norm())
+    if not error < 2e-2:
+        raise WrongResult(f"relative error {error:.1e}")
 
 
-def time_row(peer: Peer, p: Problem, direction: str, budget_s: float) -> dict[str, Any]:
-    """One row of bench/results (README.md there), or the same with a "note" that says why there is no time."""
-    backend = dispatch.select(p, direction).__name__.rsplit(".", 1)[-1] if peer is OURS else peer.name
-    row: dict[str, Any] = describe_row(p, direction) | {"impl": peer.name, "backend": backend}
-    q, k, v, dout = make_inputs(p)
-    try:
-        run = peer.make(p)
-        wrong = is_wrong(run, p, q, k, v)
-        if wrong:
-            return row | {"note": f"wrong: {wrong}"}
-        if direction == "forward":
+def prepare(peer: Peer, p: Problem, direction: str, inputs: tuple[Tensor, ...]) -> Callable[[], object]:
+    """What is timed of `peer`, after one checked call.
+
+    Raises:
+        CannotRun, FlashAttnError, RuntimeError: it has no result. WrongResult: it has a wrong one.
+    """
+    q, k, v, dout = inputs
+    run = peer.make(p)
+    if direction == "forward":
+
+        def forward() -> Tensor:
             with torch.no_grad():
-                seconds = stopwatch(lambda: run(q, k, v), p.device, budget_s)
-        else:
-            leaves = [t.requires_grad_() for t in (q, k, v)]
-            out = run(*leaves)
-            seconds = stopwatch(
-                lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True), p.device, budget_s
-            )
-    except (CannotRun, FlashAttnError, RuntimeError) as error:
-        return row | {"note": f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"}
-    return row | {"time_us": seconds * 1e6, "tflops": work_flop(p, direction) / seconds / 1e12}
+                return run(q, k, v)
+
+        check(forward, p, q, k, v)
+        return forward
+    check(lambda: run(q, k, v).detach(), p, q, k, v)
+    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+    out = run(*leaves)
+
+    def backward() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(out, leaves, dout, retain_graph=True)
+
+    backward()
+    return backward
+
+
+def measure(p: Problem, direction: str, peers: Iterable[Peer], budget_s: float) -> list[dict[str, Any]]:
+    """Rows of bench/results (README.md there), or the same with a "note" that says why there is no time."""
+    inputs = make_inputs(p)
+    rows: dict[str, dict[str, Any]] = {}
+    runs: dict[str, Callable[[], object]] = {}
+    for peer in peers:
+        backend = dispatch.select(p, direction).__name__.rsplit(".", 1)[-1] if peer is OURS else peer.name
+        rows[peer.name] = describe_row(p, direction) | {"impl": peer.name, "backend": backend}
+        try:
+            runs[peer.name] = prepare(peer, p, direction, inputs)
+        except (CannotRun, FlashAttnError, RuntimeError) as error:
+            rows[peer.name]["note"] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+    if p.device == "cuda":
+        seconds = take_turns(runs, burst_s=budget_s / 5)
+    else:
+        seconds = {name: stopwatch(run, budget_s) for name, run in runs.items()}
+    for name, s in seconds.items():
+        rows[name] |= {"time_us": s * 1e6, "tflops": work_flop(p, direction) / s / 1e12}
+    return list(rows.values())
 
 
 def describe_row(p: Problem, direction: str) -> dict[str, Any]:
@@ -134,10 +193,10 @@ def _portable(word: str) -> str:
 def run_grid(
     problems: Iterable[Problem], directions: Iterable[str], peers: tuple[Peer, ...], budget_s: float
 ) -> Iterator[list[dict[str, Any]]]:
-    """The rows of one cell after the other; peers of a cell follow each other, to meet the same clocks."""
+    """The rows of one cell after the other, about `budget_s` seconds for each of its implementations."""
     for problem in problems:
         for direction in directions:
-            yield [time_row(peer, problem, direction, budget_s) for peer in (OURS, *peers)]
+            yield measure(problem, direction, (OURS, *peers), budget_s)
 
 
 def save(rows: list[dict[str, Any]], path: Path, meta: dict[str, Any] | None = None) -> None:
