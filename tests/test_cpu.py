@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import BACKWARD_CASES, CASES, Case, build, ids
 
-from flash_attn.backends import cpu
+from flash_attn.backends import cpu, empty
 from flash_attn.cpu import backward as tiled_backward
 from flash_attn.cpu import forward as tiled_forward
 from flash_attn.cpu import tile, torch_flash
@@ -162,7 +162,7 @@ def test_decode_of_a_long_cache():
 MEMORY = """
     import sys, torch
     from pathlib import Path
-    from flash_attn.backends import cpu
+    from flash_attn.backends import cpu, empty
     from flash_attn.problem import Operands, Problem
 
     S, H, D, naive = (int(x) for x in sys.argv[1:])
@@ -216,3 +216,43 @@ def test_unwritten_memory_shows():
         assert torch.empty(3, dtype=torch.int32).shape == (3,)
     assert all(x.isnan().all() for x in made)
     assert torch.zeros(3).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("where", ["q", "k"])
+@pytest.mark.parametrize("N", [7, 40])
+@pytest.mark.parametrize("fields", [{}, dict(causal=True, kv_heads=4), dict(softcap=3.0)], ids=str)
+def test_a_nan_stays_one(fields, N, where, dtype):
+    """torch's kernel gave 0, and lse 0, to a query of NaN that met fewer than 16 keys."""
+    case = Case("nan", max_q=N, max_k=N, dtype=dtype, **fields)
+    problem, ops, *_ = build(case)
+    getattr(ops, where)[0, 2, 0] = torch.nan
+    out, lse = cpu.forward(problem, ops)
+    want, want_lse = oracle.forward(problem, ops)
+    assert want.isnan().any() and torch.equal(out.isnan(), want.isnan())
+    assert torch.equal(lse.isnan(), want_lse.isnan())
+    grads = cpu.backward(problem, ops, out, lse, torch.ones_like(out))
+    exact = oracle.backward(problem, ops, want, want_lse, torch.ones_like(out))
+    assert torch.equal(grads.dq.isnan(), exact.dq.isnan()) and grads.dk.isnan().any()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(max_k=0), dict(max_k=0, seqused_q=(3, 17)), dict(packed_q=(4, 0, 7), packed_k=(0, 0, 0), batch=3),
+        dict(packed_q=(4, 7), packed_k=(0, 0), seqused_q=(2, 7)),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_without_a_key_only_rows_of_a_sequence_have_the_sink(fields):
+    """Rows behind the last sequence or the used ones had the sink as their lse, and gave it a gradient."""
+    problem, ops, *_ = build(Case("no keys", sink=True, **fields))
+    ops = ops._replace(k=ops.k[..., :0, :, :], v=ops.v[..., :0, :, :])
+    out, lse = empty.forward(problem, ops)
+    want, want_lse = oracle.forward(problem, ops)
+    assert torch.equal(out.double(), want)
+    torch.testing.assert_close(lse.double(), want_lse)
+    dlse = torch.randn_like(lse)
+    got = empty.backward(problem, ops, out, lse, torch.ones_like(out), dlse)
+    exact = oracle.backward(problem, ops, want, want_lse, torch.ones_like(out), dlse)
+    torch.testing.assert_close(got.dsink, exact.dsink.float())

@@ -275,6 +275,9 @@ def test_errors_of_a_cache_call_name_its_arguments():
         fa3.flash_attn_with_kvcache(q, cache[:1], cache[:1])
     with pytest.raises(ArgumentTypeError, match="cache_seqlens must have dtype int32"):
         fa3.flash_attn_with_kvcache(q, cache, cache, cache_seqlens=torch.tensor([1, 2]))
+    pages = torch.tensor([[0, 1], [0, 9]], dtype=torch.int32)
+    with pytest.raises(ArgumentValueError, match=r"page_table\[1\] must name pages in \[0, 2\)"):
+        fa3.flash_attn_with_kvcache(q, cache, cache, page_table=pages)
 
 
 def test_float8_is_refused_by_name():

@@ -30,9 +30,8 @@ def supports(problem: Problem, direction: str) -> str | None:
 
 def forward(problem: Problem, ops: Operands) -> tuple[Tensor, Tensor]:
     with _as_given():
-        if torch_flash.computes(problem):
-            return torch_flash.forward(problem, ops)
-        return tiled_forward.forward(problem, ops)
+        result = torch_flash.forward(problem, ops) if torch_flash.computes(problem) else None
+        return tiled_forward.forward(problem, ops) if result is None else result
 
 
 def backward(

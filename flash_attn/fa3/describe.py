@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from flash_attn.errors import UnsupportedError
+from flash_attn.errors import ArgumentTypeError, ArgumentValueError, UnsupportedError
 from flash_attn.problem import Append, Operands, Problem
 from flash_attn.validate import describe, describe_varlen
 from flash_attn.validate_cache import describe_kvcache
@@ -45,6 +45,21 @@ def described(
         UnsupportedError: packed queries together with an append or a cache index.
         ArgumentTypeError, ArgumentValueError: an argument breaks a rule; nothing has been done then.
     """
+    try:
+        return _described(
+            q, k, v, k_new, v_new, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k,
+            page_table, kv_batch_idx, leftpad_k, rotary_cos, rotary_sin, softmax_scale, causal, window, softcap,
+            rotary_interleaved, num_splits, deterministic, is_cache,
+        )  # fmt: skip
+    except (ArgumentTypeError, ArgumentValueError) as error:  # the one argument that has another name here
+        raise type(error)(str(error).replace("block_table", "page_table")) from None
+
+
+def _described(
+    q, k, v, k_new, v_new, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k, page_table,
+    kv_batch_idx, leftpad_k, rotary_cos, rotary_sin, softmax_scale, causal, window, softcap, rotary_interleaved,
+    num_splits, deterministic, is_cache,
+) -> tuple[Problem, Operands, Append | None]:  # fmt: skip
     if page_table is not None and kv_batch_idx is not None:
         page_table, kv_batch_idx = page_table.index_select(0, kv_batch_idx), None
     packed = dict(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_q=seqused_q)
