@@ -150,22 +150,10 @@ def describe_varlen(
     except (AttributeError, TypeError):
         key = problem = None
     if problem is None:
-        check_tensors(
-            dict(q=q, k=k, v=v), cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, block_table=block_table,
-            seqused_q=seqused_q, seqused_k=seqused_k, leftpad_k=leftpad_k, alibi_slopes=alibi_slopes, sink=sink,
-        )  # fmt: skip
-        B, M = _query_sizes(q, cu_seqlens_q, max_seqlen_q)
-        N, page_size = _key_sizes(q, k, v, B, cu_seqlens_k, max_seqlen_k, block_table, seqused_k)
-        for name, x in (("seqused_q", seqused_q), ("seqused_k", seqused_k), ("leftpad_k", leftpad_k)):
-            if x is not None:
-                check_index(name, x, "(batch_size,)", (B,), q)
-        problem = build(
-            q, k, v, B, M, N, dropout_p=dropout_p, softmax_scale=softmax_scale, causal=causal,
-            window=window_size, softcap=softcap, alibi_slopes=alibi_slopes, deterministic=deterministic,
-            sink=sink, num_splits=num_splits, page_size=page_size, varlen_q=cu_seqlens_q is not None,
-            varlen_k=cu_seqlens_k is not None and not paged, seqused_q=seqused_q is not None,
-            seqused_k=seqused_k is not None or (paged and cu_seqlens_k is not None),
-            leftpad=leftpad_k is not None,
+        problem = _varlen_problem(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table, seqused_q, seqused_k,
+            leftpad_k, dropout_p=dropout_p, softmax_scale=softmax_scale, causal=causal, window=window_size,
+            softcap=softcap, alibi_slopes=alibi_slopes, deterministic=deterministic, sink=sink, num_splits=num_splits,
         )  # fmt: skip
         remember(key, problem)
     if k.shape[0] != v.shape[0]:
@@ -188,6 +176,31 @@ def describe_varlen(
         alibi_slopes=alibi_slopes, sink=sink,
     )  # fmt: skip
     return problem, ops
+
+
+def _varlen_problem(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int | None, max_seqlen_k: int | None, block_table: Tensor | None, seqused_q: Tensor | None,
+    seqused_k: Tensor | None, leftpad_k: Tensor | None, **common,
+) -> Problem:  # fmt: skip
+    """Check a varlen call that was not met before."""
+    check_tensors(
+        dict(q=q, k=k, v=v), cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, block_table=block_table,
+        seqused_q=seqused_q, seqused_k=seqused_k, leftpad_k=leftpad_k, alibi_slopes=common["alibi_slopes"],
+        sink=common["sink"],
+    )  # fmt: skip
+    B, M = _query_sizes(q, cu_seqlens_q, max_seqlen_q)
+    N, page_size = _key_sizes(q, k, v, B, cu_seqlens_k, max_seqlen_k, block_table, seqused_k)
+    for name, x in (("seqused_q", seqused_q), ("seqused_k", seqused_k), ("leftpad_k", leftpad_k)):
+        if x is not None:
+            check_index(name, x, "(batch_size,)", (B,), q)
+    paged = block_table is not None
+    return build(
+        q, k, v, B, M, N, page_size=page_size, varlen_q=cu_seqlens_q is not None,
+        varlen_k=cu_seqlens_k is not None and not paged, seqused_q=seqused_q is not None,
+        seqused_k=seqused_k is not None or (paged and cu_seqlens_k is not None), leftpad=leftpad_k is not None,
+        **common,
+    )  # fmt: skip
 
 
 def _query_sizes(q: Tensor, cu_seqlens_q: Tensor | None, max_seqlen_q: int | None) -> tuple[int, int]:

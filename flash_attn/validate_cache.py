@@ -79,21 +79,11 @@ def describe_kvcache(
     except (AttributeError, TypeError, IndexError):  # not a tensor, or one without dimensions
         key = problem = None
     if problem is None:
-        _check_kind(cache_seqlens)
-        check_tensors(
-            dict(q=q, k_cache=k_cache, v_cache=v_cache), k=k, v=v,
-            rotary_cos=rotary_cos, rotary_sin=rotary_sin, cache_seqlens=lengths,
-            cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad, block_table=block_table,
-            alibi_slopes=alibi_slopes, sink=sink,
-        )  # fmt: skip
         problem = _describe(
-            q, k_cache, v_cache, cache_seqlens, cache_batch_idx, cache_leftpad, block_table,
-            softmax_scale=softmax_scale, causal=causal, window=window_size, softcap=softcap,
-            alibi_slopes=alibi_slopes, num_splits=num_splits, sink=sink,
+            q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad,
+            block_table, rotary_interleaved, softmax_scale=softmax_scale, causal=causal, window=window_size,
+            softcap=softcap, alibi_slopes=alibi_slopes, num_splits=num_splits, sink=sink,
         )  # fmt: skip
-        capacity = _capacity(problem, k_cache, block_table)
-        _check_append(problem, q, k, v, cache_seqlens, capacity)
-        _check_rotary(problem, q, k, rotary_cos, rotary_sin, rotary_interleaved, capacity)
         remember(key, problem)
     new_keys = 0 if k is None else k.shape[1]
     if type(cache_seqlens) is int:
@@ -129,10 +119,31 @@ def _check_kind(cache_seqlens: Any) -> None:
 
 
 def _describe(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, v: Tensor | None, rotary_cos: Tensor | None,
+    rotary_sin: Tensor | None, cache_seqlens: Any, cache_batch_idx: Tensor | None, cache_leftpad: Tensor | None,
+    block_table: Tensor | None, rotary_interleaved: Any, **common,
+) -> Problem:  # fmt: skip
+    """Check a call that was not met before."""
+    _check_kind(cache_seqlens)
+    check_tensors(
+        dict(q=q, k_cache=k_cache, v_cache=v_cache), k=k, v=v, rotary_cos=rotary_cos, rotary_sin=rotary_sin,
+        cache_seqlens=None if type(cache_seqlens) is int else cache_seqlens, cache_batch_idx=cache_batch_idx,
+        cache_leftpad=cache_leftpad, block_table=block_table, alibi_slopes=common["alibi_slopes"], sink=common["sink"],
+    )  # fmt: skip
+    problem = _check_cache(
+        q, k_cache, v_cache, cache_seqlens, cache_batch_idx, cache_leftpad, block_table, **common
+    )
+    capacity = _capacity(problem, k_cache, block_table)
+    _check_append(problem, q, k, v, cache_seqlens, capacity)
+    _check_rotary(problem, q, k, rotary_cos, rotary_sin, rotary_interleaved, capacity)
+    return problem
+
+
+def _check_cache(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Any, cache_batch_idx: Tensor | None,
     cache_leftpad: Tensor | None, block_table: Tensor | None, **common,
 ) -> Problem:  # fmt: skip
-    """Check the cache and what indexes it."""
+    """Check the cache and what indexes it; the description of the attention over it."""
     B, M = check_rows("q", q, "(batch_size, seqlen_q, num_heads, head_size)")
     page_size = 0
     if block_table is not None:

@@ -108,7 +108,7 @@ def test_descriptions_of_named_cases(case, monkeypatch):
         pytest.skip("the public API has no words for it")
     seen = {}
 
-    def capture(problem, ops, packed=None):
+    def capture(problem, ops, packed=None, new=None):
         seen.update(problem=problem, ops=ops)
         return ops.q, torch.zeros(1)
 

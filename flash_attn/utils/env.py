@@ -1,4 +1,4 @@
-"""The environment variables this package reads; nothing else reads any.
+"""The environment variables of this package; no other module reads one of them.
 
 FLASH_ATTN_BACKEND  run every call on this backend, or raise (see `flash_attn.dispatch.BACKENDS`)
 FLASH_ATTN_CHECK    1: also check the values of GPU tensors (cu_seqlens, block_table, ...), at the cost of a
