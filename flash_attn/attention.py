@@ -1,8 +1,10 @@
 """attention(problem, operands): the one place where autograd meets a backend."""
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+import importlib.util
+from collections.abc import Callable, Sequence
+from functools import cache
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,9 +13,9 @@ from torch.autograd import forward_ad
 from flash_attn import dispatch
 from flash_attn.backends import empty
 from flash_attn.errors import UnsupportedError
-from flash_attn.problem import Append, Operands, Problem
-
-_HERE = nullcontext()
+from flash_attn.problem import Append, Gradients, Operands, Problem
+from flash_attn.tuning import table
+from flash_attn.utils import device
 
 
 class _Call(NamedTuple):
@@ -25,13 +27,14 @@ class _Call(NamedTuple):
 
 
 def attention(
-    problem: Problem, ops: Operands, packed: Tensor | None = None
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    problem: Problem, ops: Operands, packed: Tensor | None = None, new: Append | None = None
+) -> tuple[Tensor, Tensor]:
     """Attention of one described call, differentiable in q, k, v, sink, and through out and lse.
 
     Args:
         packed: the tensor of which k and v (B, N, 2, Hk, D), or q, k and v (B, M, 3, H, D), or the
             same without B, are views. Gradients are then written into one tensor of its shape.
+        new: what a KV cache call stores before it attends; such a call has no gradient.
 
     Returns:
         out: like q with the head dim of v. lse: fp32 (B, H, M), or (H, total_q) for packed queries:
@@ -42,19 +45,21 @@ def attention(
     """
     if forward_ad._current_level >= 0:
         _refuse_tangents(ops)
-    ops = seeded(problem, ops)
-    if torch.is_grad_enabled():
+    if problem.dropout_p:
+        ops = seeded(problem, ops)
+    if new is None and torch.is_grad_enabled():
         q, k, v, sink = ops.q, ops.k, ops.v, ops.sink
         base = q if packed is None else packed
         if base.requires_grad or q.requires_grad or k.requires_grad or v.requires_grad or (
             sink is not None and sink.requires_grad
         ):  # fmt: skip
-            # functorch needs setup_context, which makes every eager call 70 us slower (torch 2.13, 2 cores)
-            transformed = torch._C._are_functorch_transforms_active()
-            function = _TransformableAttention if transformed else _Attention
             call = _Call(problem, ops, dispatch.forced_backend())
-            return function.apply(call, *_inputs(ops, packed))
-    return run_forward(problem, ops)
+            inputs = (q, k, v) if packed is None and sink is None else _inputs(ops, packed)
+            # functorch needs setup_context, which makes every eager call 70 us slower (torch 2.13, 2 cores)
+            if torch._C._are_functorch_transforms_active():
+                return _TransformableAttention.apply(call, *inputs)
+            return _apply(call, *inputs)
+    return run_forward(problem, ops, None, new)
 
 
 def _refuse_tangents(ops: Operands) -> None:
@@ -70,45 +75,104 @@ def seeded(problem: Problem, ops: Operands) -> Operands:
     return ops._replace(rng_state=torch.randint(0, 2**62, (2,), device=ops.q.device))
 
 
-def run_forward(problem: Problem, ops: Operands, forced: str | None = None) -> tuple[Tensor, Tensor]:
-    """(out, lse) on the chosen backend, outside autograd, with the device of q current."""
-    q = ops.q
-    if not (q.numel() and ops.k.numel()):
-        return empty.forward(problem, ops)
-    if problem.device == "cpu":
-        return dispatch.select(problem, "forward", None, forced).forward(problem, ops)
-    index = q.get_device()
-    with on_device(problem.device, index):
-        return dispatch.select(problem, "forward", index, forced).forward(problem, ops)
+def run_forward(
+    problem: Problem, ops: Operands, forced: str | None = None, new: Append | None = None
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) on the chosen backend, outside autograd, with the device of q current; `new` is stored first."""
+    if not (ops.q.numel() and ops.k.numel()):
+        return empty.forward(problem, ops if new is None else run_append(problem, ops, new))
+
+    def call(backend: ModuleType) -> tuple[Tensor, Tensor]:
+        return backend.forward(problem, ops if new is None else run_append(problem, ops, new))
+
+    tensors: tuple[Tensor | None, ...] = ops
+    about: tuple = _meta(ops.alibi_slopes), _meta(ops.block_table), _meta(ops.sink)
+    if new is not None:
+        tensors = (*ops, new.k, new.v, new.rotary_cos, new.rotary_sin, new.cache_seqlens)
+        about += _meta(new.k), _meta(new.v), _meta(new.rotary_cos), new.interleaved
+    out, lse = _run("forward", problem, forced, tensors, ops[:3], about, call)
+    return out, lse  # type: ignore[return-value]  # a forward has no None among its results
 
 
 def run_backward(problem: Problem, ops: Operands, out, lse, dout, dlse, into, forced: str | None = None):
     """Gradients on the chosen backend; `into` holds tensors (or None) to write dq, dk and dv into."""
-    q = ops.q
-    if not (q.numel() and ops.k.numel()):
+    if not (ops.q.numel() and ops.k.numel()):
         return empty.backward(problem, ops, out, lse, dout, dlse, into)
     if dout.stride(-1) != 1:
         dout = dout.contiguous()
-    index = None if problem.device == "cpu" else q.get_device()
-    with on_device(problem.device, index):
-        backend = dispatch.select(problem, "backward", index, forced)
+
+    def call(backend: ModuleType) -> Gradients:
         return backend.backward(problem, ops, out, lse, dout, dlse, into)
+
+    others = (out, lse, dout, dlse, *into)
+    about = (_meta(ops.alibi_slopes),)
+    return Gradients._make(
+        _run("backward", problem, forced, (*ops, *others), (*ops[:3], *others), about, call)
+    )
+
+
+def _run(
+    direction: str, problem: Problem, forced: str | None, tensors: Sequence[Tensor | None],
+    strided: Sequence[Tensor | None], about: tuple, call: Callable[[ModuleType], Sequence[Tensor | None]],
+) -> Sequence[Tensor | None]:  # fmt: skip
+    """call(backend), or on a GPU what an equal call launched, once more.
+
+    Args:
+        tensors: all that the call reads or writes, q and k first. strided: those of them whose strides matter and
+            whose shape follows from `problem` and the shapes of q and k. about: whatever else decides what is launched.
+    """
+    q, k = tensors[:2]
+    assert q is not None and k is not None
+    index = q.get_device()
+    if elsewhere(problem, index):
+        with torch.cuda.device(index):
+            return _run(direction, problem, forced, tensors, strided, about, call)
+    repeats = None if problem.device == "cpu" else _replay()
+    if repeats is None:
+        return call(dispatch.select(problem, direction, index, forced))
+    # The problem says its numbers, and which tensors there are; by id, since hashing its fields takes longer than all
+    # else here. The recording keeps it alive.
+    key = (
+        direction, id(problem), index, forced or dispatch.forced_backend(), device.assumed(), table.overridden(),
+        problem.dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision, q.shape, k.shape, about,
+        *[x if x is None else x.is_contiguous() or x.stride() for x in strided],
+    )  # fmt: skip
+    found = repeats.find(key)
+    if found is not None:
+        results = found.repeat(tensors)
+        if results is not None:
+            return results
+    backend = dispatch.select(problem, direction, index, forced)
+    if not getattr(backend, "REPEATABLE", False):
+        return call(backend)
+    return repeats.record(key, tensors, lambda: call(backend), problem)
+
+
+@cache
+def _replay() -> ModuleType | None:
+    """`utils.replay`, or None without Triton."""
+    return importlib.import_module("flash_attn.utils.replay") if importlib.util.find_spec("triton") else None
+
+
+def _meta(x: Tensor | None) -> tuple | None:
+    return None if x is None else (x.shape, x.stride(), x.dtype)
 
 
 def run_append(problem: Problem, ops: Operands, new: Append) -> Operands:
     """Rotate and store what a KV cache call brings; the operands of the attention that follows."""
     from flash_attn.kvcache.append import append
 
-    with on_device(problem.device, ops.q.get_device()):
-        q, seqused_k = append(problem, ops, new)
+    index = ops.q.get_device()
+    if elsewhere(problem, index):
+        with torch.cuda.device(index):
+            return run_append(problem, ops, new)
+    q, seqused_k = append(problem, ops, new)
     return ops._replace(q=q, seqused_k=seqused_k)
 
 
-def on_device(device_type: str, index: int | None) -> AbstractContextManager[Any]:
-    """Make GPU `index` current where it is not: kernels launch on the current device."""
-    if device_type == "cuda" and index != torch.cuda.current_device():
-        return torch.cuda.device(index)
-    return _HERE
+def elsewhere(problem: Problem, index: int) -> bool:
+    """Whether `problem` is on another GPU than the current one, on which kernels launch."""
+    return problem.device == "cuda" and index != torch._C._cuda_getDevice()
 
 
 def _inputs(ops: Operands, packed: Tensor | None) -> tuple[Tensor, ...]:
@@ -165,9 +229,14 @@ class _Attention(torch.autograd.Function):
             dout = torch.zeros_like(out)
         sink = inputs.pop() if problem.sink else None
         grads = [torch.empty_like(x) for x in inputs]
-        ops = Operands._make((*_views(inputs), *saved[-9:-1], sink, saved[-1]))
+        q, k, v = _views(inputs)
+        ops = Operands._make((q, k, v, *saved[-9:-1], sink, saved[-1]))
         result = run_backward(problem, ops, out, lse, dout, dlse, _views(grads), forced)
         return grads if sink is None else [*grads, result.dsink]
+
+
+# `Function.apply` without its preparation for functorch, which costs a third of it
+_apply = super(torch.autograd.Function, _Attention).apply
 
 
 class _NoSecondDerivative(torch.autograd.Function):

@@ -21,6 +21,8 @@ from flash_attn.utils import device, env
 #   supports(problem, direction) -> str | None      None: can run it; else the reason why not
 #   forward(problem, operands) -> (out, lse)
 #   backward(problem, operands, out, lse, dout, dlse=None, into=(None, None, None)) -> Gradients
+# and may say REPEATABLE = True: all it does on a GPU are allocations and launches of utils/launcher.py, so
+# utils/replay.py may repeat them.
 BACKENDS = {
     "hopper": "flash_attn.backends.hopper",
     "triton": "flash_attn.backends.triton",
@@ -81,7 +83,23 @@ def select(
     """
     if index is None:
         index = _current(problem)
-    return _select(problem, direction, forced or forced_backend(), index, device.assumed())
+    key = (id(problem), direction, forced or forced_backend(), index, device.assumed())
+    found = _chosen.get(key)
+    if found is None:
+        if len(_chosen) >= 4096:
+            _chosen.clear()
+        # by id, since hashing 23 fields takes longer than all else here; kept alive, so no other problem has its id
+        found = _chosen[key] = _select(problem, *key[1:]), problem
+    return found[0]
+
+
+_chosen: dict[tuple, tuple[ModuleType, Problem]] = {}
+
+
+def forget() -> None:
+    """Ask the backends again: after a change in what one of them supports."""
+    _chosen.clear()
+    _select.cache_clear()
 
 
 def select_unforced(problem: Problem, direction: str) -> ModuleType:

@@ -42,7 +42,7 @@ from flash_attn._legacy import (  # noqa: F401  private names that other project
     surface_lse,
 )
 from flash_attn._traced import tracing
-from flash_attn.attention import attention, run_append, seeded
+from flash_attn.attention import attention, seeded
 from flash_attn.errors import ArgumentTypeError, ArgumentValueError
 from flash_attn.problem import Operands, Problem
 from flash_attn.validate import describe, describe_varlen, last_contiguous
@@ -293,7 +293,7 @@ def flash_attn_with_kvcache(
         block_table, softmax_scale, causal, window_size, softcap, rotary_interleaved, alibi_slopes, num_splits,
     )  # fmt: skip
     with torch.no_grad():
-        out, lse = attention(problem, ops if new is None else run_append(problem, ops, new))
+        out, lse = attention(problem, ops, new=new)
     return (out, surface_lse(problem, lse)) if return_softmax_lse else out
 
 

@@ -19,7 +19,7 @@ from flash_attn.utils.testing import check_backend, max_error
 def forget():
     backend.probe.cache_clear()
     backend._function.cache_clear()
-    dispatch._select.cache_clear()
+    dispatch.forget()
 
 
 @pytest.fixture

@@ -42,16 +42,16 @@ def stubs(monkeypatch, environment):
     monkeypatch.setattr(dispatch, "BACKENDS", {"first": "", "second": ""})
     monkeypatch.setattr(dispatch, "FORCED_ONLY", {"hidden": ""})
     monkeypatch.setattr(dispatch, "load", lambda name: made[name])
-    dispatch._select.cache_clear()
+    dispatch.forget()
     yield made
-    dispatch._select.cache_clear()
+    dispatch.forget()
 
 
 def test_the_first_that_can_runs(stubs):
     assert select(PROBLEM) is stubs["first"]
     stubs["first"].reason = "is busy"
     assert select(PROBLEM) is stubs["first"], "a choice is remembered"
-    dispatch._select.cache_clear()
+    dispatch.forget()
     assert select(PROBLEM) is stubs["second"]
 
 

@@ -1,6 +1,8 @@
 """Warp-specialised kernels for Hopper (compute capability 9.0), written in Gluon."""
 
 import importlib.util
+from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -8,6 +10,8 @@ from torch import Tensor
 from flash_attn.kvcache import splits
 from flash_attn.problem import Gradients, Operands, Problem
 from flash_attn.utils import device
+
+REPEATABLE = True  # its work on the GPU is allocations and launches of utils/launcher.py
 
 
 def supports(problem: Problem, direction: str) -> str | None:
@@ -49,10 +53,13 @@ def _common(problem: Problem) -> str | None:
     return None
 
 
-def forward(problem: Problem, ops: Operands) -> tuple[Tensor, Tensor]:
-    from flash_attn.forward import hopper_launch
+@cache
+def _launches(direction: str) -> ModuleType:
+    return importlib.import_module(f"flash_attn.{direction}.hopper_launch")
 
-    return hopper_launch.forward(problem, ops)
+
+def forward(problem: Problem, ops: Operands) -> tuple[Tensor, Tensor]:
+    return _launches("forward").forward(problem, ops)
 
 
 def backward(
@@ -64,6 +71,4 @@ def backward(
     dlse: Tensor | None = None,
     into: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
 ) -> Gradients:
-    from flash_attn.backward import hopper_launch
-
-    return hopper_launch.backward(problem, ops, out, lse, dout, dlse, into)
+    return _launches("backward").backward(problem, ops, out, lse, dout, dlse, into)

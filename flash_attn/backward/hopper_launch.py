@@ -231,8 +231,6 @@ def backward(
         for x in (dq, dk, dv):
             x.zero_()
         return Gradients(dq, dk, dv, None if ops.sink is None else torch.zeros_like(ops.sink))
-    from flash_attn.utils import replay
-
     # the kernel before sums delta in an order that depends on how wide it may load: only one is compiled
     out, dout = for_tma(out), for_tma(dout)
     p = plan(problem)
@@ -246,16 +244,11 @@ def backward(
         torch.empty(problem.heads * tiles * 2, dtype=torch.int32, device=where) if T.ORDERED else None,
         tiles,
     )
-    tensors = (*ops[:7], out, dout, lse, dlse, *work[:4], dq, dk, dv)
-    key = ("hopper", problem, where.index, id(p), ops.q.shape, ops.k.shape, replay.layout(tensors))
-    if replay.again(key, tensors):
-        return Gradients(dq, dk, dv)
-    with replay.record(key, tensors, p):
-        dsink_parts = _before(problem, p, ops, out, lse, dout, dlse, work)
-        _main(problem, p, ops, dout, work, dk, dv)
-        _after(problem, p, ops, work, dq)
-        if problem.varlen_q or problem.varlen_k:
-            _zero_rest(problem, ops, dq, dk, dv)
+    dsink_parts = _before(problem, p, ops, out, lse, dout, dlse, work)
+    _main(problem, p, ops, dout, work, dk, dv)
+    _after(problem, p, ops, work, dq)
+    if problem.varlen_q or problem.varlen_k:
+        _zero_rest(problem, ops, dq, dk, dv)
     dsink = None if dsink_parts is None else dsink_parts.sum(1).to(ops.sink.dtype)  # type: ignore[union-attr]
     return Gradients(dq, dk, dv, dsink)
 

@@ -14,7 +14,6 @@ from flash_attn.tile.dropout import calls_abreast
 from flash_attn.tile.score import factors
 from flash_attn.tuning.backward import backward_config, cut, smaller
 from flash_attn.tuning.config import BwdConfig
-from flash_attn.utils import replay
 from flash_attn.utils.launcher import SharedMemoryError, launch
 
 
@@ -179,20 +178,14 @@ def backward(
     if problem.sink:
         _, programs = dq_grid(problem, ops, tile_dq._replace(block_m=16))  # as many as there can be
         partial = torch.zeros(programs, device=lse.device)
-    tensors = (*ops, out, lse, dout, dlse, *stats, dq, dk, dv, partial)
-    shapes = (ops.q.shape, ops.k.shape, replay.layout(tensors))
-    key = ("triton", problem, lse.device.index, tile_dkdv, tile_dq, precision(problem.dtype), shapes)
-    if partial is None and replay.again(key, tensors):
-        return Gradients(dq, dk, dv)
-    with replay.record(key, tensors):
-        tile_dq = _run(
-            lambda tile: plan_dq(problem, ops, out, lse, dout, dlse, stats, dq, partial, tile),
-            tile_dq,
-            problem,
-        )
-        # attn_bwd_dkdv reads the statistics of whole blocks of rows, which attn_bwd_dq must have written
-        tile_dkdv = tile_dkdv._replace(block_m=min(tile_dkdv.block_m, tile_dq.block_m))
-        _run(lambda tile: plan_dkdv(problem, ops, dout, stats, dk, dv, tile), tile_dkdv, problem)
+    tile_dq = _run(
+        lambda tile: plan_dq(problem, ops, out, lse, dout, dlse, stats, dq, partial, tile),
+        tile_dq,
+        problem,
+    )
+    # attn_bwd_dkdv reads the statistics of whole blocks of rows, which attn_bwd_dq must have written
+    tile_dkdv = tile_dkdv._replace(block_m=min(tile_dkdv.block_m, tile_dq.block_m))
+    _run(lambda tile: plan_dkdv(problem, ops, dout, stats, dk, dv, tile), tile_dkdv, problem)
     dsink = None
     if partial is not None and ops.sink is not None:
         blocks, programs = dq_grid(problem, ops, tile_dq)

@@ -191,7 +191,7 @@ class Fixed(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """A compiled launch that only wants addresses, and that of the merge."""
+    """A compiled launch that only wants tensors, and that of the merge."""
 
     binary: launcher.Binary
     fixed: Fixed
@@ -211,10 +211,10 @@ def forward(problem: Problem, ops: Operands) -> tuple[Tensor, Tensor]:
     """(out, lse) as `forward.launch.forward` returns them. No host synchronisation; the same result in every run."""
     if not launcher.direct(attn_decode):
         return run(problem, ops, *choose(problem)[0])
-    address: Any = [None if x is None else x.data_ptr() for x in ops]
+    q, k, v = ops[:3]
     key = (
-        problem, ops.q.stride(), ops.k.stride(), ops.v.stride(), ops.q.shape[0], ops.q.device.index,
-        (address[0] | address[1] | address[2]) & 15,
+        problem, q.stride(), k.stride(), v.stride(), q.shape[0], q.get_device(),
+        (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15,
         ops.alibi_slopes is not None and ops.alibi_slopes.stride(),
         ops.block_table is not None and ops.block_table.stride(),
         ops.sink is not None and ops.sink.dtype, launch.precision(problem.dtype),
@@ -224,22 +224,20 @@ def forward(problem: Problem, ops: Operands) -> tuple[Tensor, Tensor]:
         if len(_prepared) >= launch.PREPARED_MAX:
             _prepared.clear()
         ready = _prepared[key] = prepare(problem, ops)
-    return replay(ready, problem, ops, Operands(*address))
+    return run_prepared(ready, problem, ops)
 
 
-def replay(ready: Prepared, problem: Problem, ops: Operands, address: Operands) -> tuple[Tensor, Tensor]:
+def run_prepared(ready: Prepared, problem: Problem, ops: Operands) -> tuple[Tensor, Tensor]:
     """Launch what `prepare` made, on the memory of `ops`."""
     fixed = ready.fixed
     out, lse = outputs(problem, ops.q, fixed.spans)
     if ready.merge is None:
-        args = arguments(address, out.data_ptr(), lse.data_ptr(), fixed)
-        ready.binary.launch(fixed.grid, (*args, *ready.values))
+        ready.binary.launch(fixed.grid, (*arguments(ops, out, lse, fixed), *ready.values))
         return out, lse
-    memory = split.workspace(fixed.spans, out, lse)
-    partial = memory.data_ptr()
-    stats = partial + 4 * fixed.spans * out.numel()
-    ready.binary.launch(fixed.grid, (*arguments(address, partial, stats, fixed), *ready.values))
-    split.replay(ready.merge, partial, stats, out.data_ptr(), lse.data_ptr(), address.cu_seqlens_q)
+    partial = split.workspace(fixed.spans, out, lse)
+    stats = partial[fixed.spans * out.numel() :]
+    ready.binary.launch(fixed.grid, (*arguments(ops, partial, stats, fixed), *ready.values))
+    split.merge(ready.merge, partial, stats, out, lse, ops.cu_seqlens_q)
     return out, lse
 
 
@@ -308,8 +306,8 @@ def plan(
     return [step, split.plan(split.fix(problem, out, lse, spans), into, stats, out, lse, ops.cu_seqlens_q)]
 
 
-def arguments(ops: Any, out: Any, lse: Any, fixed: Fixed) -> tuple:
-    """The run-time arguments of `attn_decode`; `ops`, out and lse hold tensors or their addresses."""
+def arguments(ops: Operands, out: Tensor, lse: Tensor, fixed: Fixed) -> tuple:
+    """The run-time arguments of `attn_decode`."""
     return (
         ops.q, ops.k, ops.v, out, lse, *fixed.strides,
         (ops.cu_seqlens_q, ops.cu_seqlens_k, ops.seqused_q, ops.seqused_k, ops.leftpad_k, ops.cache_batch_idx),

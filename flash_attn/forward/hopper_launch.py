@@ -262,31 +262,8 @@ def _counter(index: int, on: torch.device) -> Tensor:
     return counter
 
 
-class Known:
-    """A call made before: what to launch, and, from its third time on, its launch as a recording."""
-
-    __slots__ = ("binary", "launches", "ready", "recorded")
-
-    def __init__(self, ready: Prepared, binary: launcher.Binary) -> None:
-        self.ready, self.binary = ready, binary
-        self.launches: replay.Launches | None = None
-        self.recorded = False
-
-    def launch(self, ops: Operands, out: Tensor, lse: Tensor, counter: Tensor | None) -> None:
-        tensors = (*ops[:7], ops.sink, out, lse, counter)
-        if self.launches is not None and self.launches.at(tensors):
-            return
-        args = arguments(self.ready, ops, out, lse, counter)
-        if self.recorded:
-            self.binary.launch(self.ready.grid, args)
-            return
-        with replay.watch(tensors) as recording:
-            self.binary.launch(self.ready.grid, args)
-        self.launches, self.recorded = recording.launches, not recording.unaligned
-
-
 MOST = 4096  # calls remembered; packed batches bring ever new lengths
-_ready: dict[Any, Known] = {}
+_ready: dict[Any, tuple[Prepared, launcher.Binary]] = {}
 
 
 def _key(problem: Problem, ops: Operands, changes: tuple) -> tuple:
@@ -306,22 +283,18 @@ def forward(problem: Problem, ops: Operands, changes: tuple = ()) -> tuple[Tenso
         key = _key(problem, ops, changes)
         found = _ready.get(key)
     q = ops.q
-    ready = found.ready if found is not None else prepare(problem, ops, changes)
-    # `empty_like` takes the host half as long
-    like_q = q.is_contiguous() and ready.out_shape == q.shape
-    out = torch.empty_like(q) if like_q else torch.empty(ready.out_shape, dtype=q.dtype, device=q.device)
+    ready = found[0] if found is not None else prepare(problem, ops, changes)
+    out = torch.empty(ready.out_shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(ready.lse_shape, dtype=torch.float32, device=q.device)
-    if found is None and (q.numel() == 0 or ops.k.numel() == 0):
+    if q.numel() == 0 or ops.k.numel() == 0:
         return out.zero_(), lse.fill_(float("-inf"))
-    counter = _counter(q.device.index, q.device) if ready.draws else None
+    counter = replay.provided(_counter, q.device.index, q.device) if ready.draws else None
+    args = arguments(ready, ops, out, lse, counter)
     if found is None:
-        args = arguments(ready, ops, out, lse, counter)
         values = args[: -len(ready.constants)]
         binary = launcher.prepare(attn_fwd_hopper, values, ready.constants, problem=problem)
         if len(_ready) >= MOST:
             _ready.clear()
-        _ready[key] = Known(ready, binary)
-        binary.launch(ready.grid, args)  # most packed batches never come again
-    else:
-        found.launch(ops, out, lse, counter)
+        found = _ready[key] = ready, binary
+    found[1].launch(ready.grid, args)
     return out, lse

@@ -42,7 +42,7 @@ class Fixed(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """A compiled launch that only wants addresses; without a binary, the tensors must be copied first."""
+    """A compiled launch that only wants tensors; without a binary, they must be copied first."""
 
     binary: launcher.Binary | None
     fixed: Fixed
@@ -83,10 +83,10 @@ def forward(problem: Problem, ops: Operands) -> tuple[Tensor, Tensor]:
             return realigned(problem, ops)
         launcher.launch(*plan(problem, ops, out, lse, table.forward_config(problem)))
         return out, lse
-    at_q, at_k, at_v = q.data_ptr(), k.data_ptr(), v.data_ptr()
     slopes, pages, sink = ops.alibi_slopes, ops.block_table, ops.sink
     key = (
-        problem, q.stride(), k.stride(), v.stride(), q.shape[0], q.get_device(), (at_q | at_k | at_v) & 15,
+        problem, q.stride(), k.stride(), v.stride(), q.shape[0], q.get_device(),
+        (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15,
         slopes is not None and slopes.stride(), pages is not None and pages.stride(), sink is not None and sink.dtype,
         precision(problem.dtype), table.overridden(),
     )  # fmt: skip
@@ -99,10 +99,9 @@ def forward(problem: Problem, ops: Operands) -> tuple[Tensor, Tensor]:
     if ready.binary is None:
         return realigned(problem, ops)
     if ready.plain is not None:
-        args = (at_q, at_k, at_v, out.data_ptr(), lse.data_ptr(), *ready.plain)
+        args = (q, k, v, out, lse, *ready.plain)
     else:
-        addresses = Operands._make([None if x is None else x.data_ptr() for x in ops])
-        args = (*arguments(addresses, out.data_ptr(), lse.data_ptr(), fixed), *fixed.constants.values())
+        args = (*arguments(ops, out, lse, fixed), *fixed.constants.values())
     ready.binary.launch(fixed.grid, args)
     return out, lse
 
@@ -162,8 +161,8 @@ def plan(problem: Problem, ops: Operands, out: Tensor, lse: Tensor, config: FwdC
     return Launch(attn_fwd, fixed.grid, args, fixed.constants, config.num_warps, config.num_stages)
 
 
-def arguments(ops: Any, out: Any, lse: Any, fixed: Fixed) -> tuple:
-    """The kernel's run-time arguments; `ops`, out and lse hold tensors or their addresses."""
+def arguments(ops: Operands, out: Tensor, lse: Tensor, fixed: Fixed) -> tuple:
+    """The kernel's run-time arguments."""
     return (
         ops.q, ops.k, ops.v, out, lse, *fixed.strides,
         (ops.cu_seqlens_q, ops.cu_seqlens_k, ops.seqused_q, ops.seqused_k, ops.leftpad_k, ops.cache_batch_idx),

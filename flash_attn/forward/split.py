@@ -1,6 +1,6 @@
 """Merge of partial attention results over disjoint spans of keys."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -69,7 +69,7 @@ class Fixed(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """A compiled merge that only wants addresses."""
+    """A compiled merge that only wants tensors."""
 
     binary: launcher.Binary
     fixed: Fixed
@@ -112,7 +112,9 @@ def plan(
     return launch.Launch(attn_combine, fixed.grid, args, fixed.constants, 4, 1)
 
 
-def replay(ready: Prepared, partial: int, stats: int, out: int, lse: int, cu_q: Any) -> None:
-    """Launch a compiled merge on addresses."""
+def merge(
+    ready: Prepared, partial: Tensor, stats: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor | None
+) -> None:
+    """Launch a compiled merge."""
     args = (partial, stats, out, lse, *ready.fixed.numbers, cu_q, *ready.fixed.constants.values())
     ready.binary.launch(ready.fixed.grid, args)

@@ -123,7 +123,7 @@ class Fixed(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """A compiled launch that only wants addresses."""
+    """A compiled launch that only wants tensors."""
 
     binary: launcher.Binary
     fixed: Fixed
@@ -139,10 +139,9 @@ def append(problem: Problem, ops: Operands, new: Append, q_out: Tensor, seqused:
         return
     assert new.k is not None and new.v is not None
     tensors = (ops.q, new.k, new.v, q_out, ops.k, ops.v)
-    address = [x.data_ptr() for x in tensors]
     low = 0
-    for x in address:
-        low |= x
+    for x in tensors:
+        low |= x.data_ptr()
     cos, table = new.rotary_cos, ops.block_table
     key = (
         problem, new.interleaved, *(x.stride() for x in tensors), new.k.shape[1], ops.k.shape, low & 15,
@@ -160,7 +159,7 @@ def append(problem: Problem, ops: Operands, new: Append, q_out: Tensor, seqused:
         ready = _prepared[key] = Prepared(binary, fix(problem, ops, new, q_out))
     fixed = ready.fixed
     rest = (new.cache_seqlens, seqused, cos, new.rotary_sin, ops.cache_batch_idx, table)
-    args = arguments(address, [None if x is None else x.data_ptr() for x in rest], fixed)
+    args = arguments(tensors, rest, fixed)
     ready.binary.launch(fixed.grid, (*args, *fixed.constants.values()))
 
 
@@ -172,8 +171,8 @@ def plan(problem: Problem, ops: Operands, new: Append, q_out: Tensor, seqused: T
     return launch.Launch(kv_append, fixed.grid, args, fixed.constants, 4, 1)
 
 
-def arguments(tensors: Sequence[Any], rest: Sequence[Any], fixed: Fixed) -> tuple:
-    """The run-time arguments of `kv_append`, of tensors or their addresses."""
+def arguments(tensors: Sequence[Tensor | None], rest: Sequence[Tensor | None], fixed: Fixed) -> tuple:
+    """The run-time arguments of `kv_append`."""
     *indices, table = rest
     return (*tensors, *fixed.strides, *indices, (table, fixed.table_stride), fixed.sizes)
 

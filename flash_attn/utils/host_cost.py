@@ -63,9 +63,9 @@ def measure(device: str = "cpu", calls: int = 2000, rounds: int = 9, whole: bool
         mock.patch.object(backend, "backward", backward),
         mock.patch.object(backend, "supports", lambda problem, direction: None),
     ):
-        dispatch._select.cache_clear()
+        dispatch.forget()
         rows = [HostCost(name, *_time(call, calls, rounds)) for name, call in kinds.items()]
-    dispatch._select.cache_clear()
+    dispatch.forget()
     return rows
 
 

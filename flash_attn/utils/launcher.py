@@ -38,8 +38,18 @@ _TYPES = {
     torch.int16: "i16", torch.int32: "i32", torch.int64: "i64", torch.bool: "i1",
 }  # fmt: skip
 
-# Where `utils/replay.py` collects (binary, grid, arguments) of each launch, if it does; no binary: launched by Triton.
-recording: ContextVar[list[tuple[Any, tuple, tuple]] | None] = ContextVar("launches", default=None)
+
+class Recording:
+    """What `utils/replay.py` collects while a call runs."""
+
+    def __init__(self) -> None:
+        # (binary, grid, arguments); no binary: launched by Triton
+        self.calls: list[tuple[Any, tuple, tuple]] = []
+        self.provided: list[tuple[torch.Tensor, Callable[[], torch.Tensor]]] = []
+        self.paused = False  # torch operators are not part of the call
+
+
+recording: ContextVar[Recording | None] = ContextVar("launches", default=None)
 
 _cache: dict[Any, "Binary"] = {}
 _lock = threading.Lock()
@@ -118,6 +128,23 @@ class Binary(NamedTuple):
     device: int
     current_stream: Callable[[int], int]
     short: Shortcut | None = None
+    signature: tuple = ()  # type of each run-time argument, as of `describe`
+
+    def template(
+        self, grid: tuple[int, int, int]
+    ) -> tuple[Callable[..., None], list, Callable[[int, Any], Any]]:
+        """What a repeated launch calls; what stands before the kernel's arguments, None for the stream; and what
+        makes argument i, a descriptor, of its description."""
+        short = self.short
+        if short is None:
+            return self.run, [*grid, None, self.function, self.packed, None, None, None], lambda i, box: box
+        about = dict(short.boxes)
+        before = [*grid, None, self.function, *short.before, self.packed, None, None, None]
+        return short.launch, before, lambda i, box: short.encode(box, about[i])[0]
+
+    def behind_descriptor(self, box: Any) -> list:
+        """What the compiled launcher takes behind a descriptor."""
+        return [] if self.short is None else [*box.shape, *box.strides]
 
     def launch(self, grid: tuple[int, int, int], args: tuple) -> None:
         """Launch on the current stream of its device, which must be current.
@@ -127,7 +154,7 @@ class Binary(NamedTuple):
         """
         collected = recording.get()
         if collected is not None:
-            collected.append((self, grid, args))
+            collected.calls.append((self, grid, args))
         stream = self.current_stream(self.device)
         runtime = triton.knobs.runtime
         enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
@@ -166,7 +193,7 @@ def launch(
     if not direct(kernel):
         collected = recording.get()
         if collected is not None:
-            collected.append((None, grid, args))
+            collected.calls.append((None, grid, args))
         kernel[grid](*args, **constants, num_warps=num_warps, num_stages=num_stages, **options)
         return
     binary = prepare(kernel, args, constants, num_warps, num_stages, problem, **options)
@@ -197,7 +224,7 @@ def prepare(
             binary = _cache.get(key)
             if binary is None:
                 compiled = build(kernel, args, constants, num_warps, num_stages, problem, **options)
-                binary = _load(compiled, kernel, problem)
+                binary = _load(compiled, kernel, problem)._replace(signature=signature)
                 _cache[key] = binary
                 _compilations += 1
     return binary

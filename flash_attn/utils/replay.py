@@ -1,28 +1,40 @@
-"""Launch again what an equal call launched: the same kernels and numbers at other addresses.
+"""Repeat what an equal call launched: the same kernels and numbers at other addresses.
 
-A backward pass of a small problem takes the GPU less time than the Python that finds out what to launch. Calls of a
-training loop are equal but for their addresses, so a call seen twice is recorded (`record`) and from then on repeated
-(`again`), which reads strides, looks up one dictionary entry and calls Triton's compiled launcher.
+Finding out what to launch takes the host longer than launching it. Calls of a training or decoding loop are equal but
+for their addresses, so a call seen twice is recorded (`record`) and from then on repeated (`find`, `Launches.repeat`):
+a dictionary entry is looked up, memory allocated, addresses are written between the recorded numbers and the compiled
+launchers called. Backends know nothing of it.
 
 What makes calls equal is the caller's key. A recording that a repetition could not reproduce is not kept: a torch
-operator besides allocations, a tensor the caller did not name, a kernel without `launcher.Shortcut`.
+operator besides allocations and views, a tensor of unknown origin, a kernel that Triton launched by itself.
 """
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial, reduce
+from operator import or_
 from typing import Any, NamedTuple
 
-import triton
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton import knobs
 
 from flash_attn.utils import launcher
 
-MOST = 1024  # recorded calls, and addresses of one descriptor
-_ALLOCATIONS = ("aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty")
+MOST = 1024  # recorded calls
+MOST_ENCODED = 2**16  # descriptors of them all, of some 400 bytes
+_ALLOCATIONS = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty"}
+_VIEWS = {
+    "aten::view", "aten::slice", "aten::select", "aten::split", "aten::split_with_sizes", "aten::unbind",
+    "aten::as_strided", "aten::transpose", "aten::detach", "aten::alias",
+}  # fmt: skip
+_STREAM = 3  # position of the stream among the arguments of a compiled launcher: behind the grid
+_LINE = 256  # bytes; parts of the scratch memory start at multiples
 
 _seen: set[Hashable] = set()
-_kept: dict[Hashable, "Launches | None"] = {}  # None: cannot be repeated
+# with what the key refers to by id; no launches: cannot be repeated
+_kept: dict[Hashable, tuple["Launches | None", Any]] = {}
+_encoded = 0  # descriptors since the last `forget`
 
 
 class Address(NamedTuple):
@@ -34,183 +46,281 @@ class Address(NamedTuple):
         return self.value
 
 
+class Hole(NamedTuple):
+    """Where an address goes: that of the tensor with this role, or of a part of it."""
+
+    at: int  # position among the arguments of the compiled launcher, or in a tuple among them
+    role: int
+    offset: int  # bytes
+
+
 class Descriptor(NamedTuple):
     """A TMA descriptor that moves with its tensor."""
 
-    at: int  # position among the arguments of the compiled launcher
-    role: int  # of the tensor
-    box: Any  # the description that was launched, without its tensor
-    about: Any
-    encode: Callable[[Any, Any], list]
-    encoded: dict[int, Any]
+    at: int
+    role: int
+    offset: int
+    encoded: dict[int, Any]  # by address
+    encode: Callable[[int], Any]  # the descriptor at an address
 
-    def move(self, address: int) -> Any:
-        if len(self.encoded) >= MOST:
-            self.encoded.clear()
-        found = self.encoded[address] = self.encode(self.box._replace(base=Address(address)), self.about)[0]
-        return found
+    @classmethod
+    def of(cls, hole: Hole, box: Any, encode: Callable[[Any], Any]) -> "Descriptor":
+        """Of a description that was launched, and what encodes such a one."""
+        box = box._replace(base=None)
+        return cls(*hole, {}, lambda address: encode(box._replace(base=Address(address))))
 
 
 class Step(NamedTuple):
-    """One launch; arguments as the compiled launcher takes them, with holes for addresses."""
+    """One launch; arguments as the compiled launcher takes them, with holes for the stream and for addresses."""
 
     launch: Callable[..., None]
-    grid: tuple[int, int, int]
-    fixed: tuple  # what stands between the stream and the arguments
     args: list
-    pointers: list[tuple[int, int]]  # (position, role)
-    tuples: list[
-        tuple[int, tuple, list[tuple[int, int]]]
-    ]  # (position, tuple with holes, (index, role) of each)
+    pointers: list[Hole]
+    tuples: list[tuple[int, tuple, list[Hole]]]  # (position, tuple with holes, the holes)
     descriptors: list[Descriptor]
 
 
 class Launches(NamedTuple):
+    """A recorded call. Roles number its tensors: those given that are not None, then those made."""
+
     steps: list[Step]
     device: int
     current_stream: Callable[[int], int]
-    same: list[
-        tuple[int, int]
-    ]  # roles that one tensor had (q and k, both cu_seqlens), and one must have again
-    keep: Any  # what the key refers to by id
+    given: int  # number of tensors given
+    same: list[tuple[int, int]]  # places where one tensor stood twice (both cu_seqlens), and must stand again
+    made: list[
+        Callable[[], Tensor]
+    ]  # what each call needs anew: results, scratch memory, what was `provided`
+    results: list[int | None]  # roles
 
-    def at(self, tensors: Sequence[Tensor | None]) -> bool:
-        """Repeat the launches on `tensors`, which have the roles and strides they had then; False: launch as usual.
+    def repeat(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None] | None:
+        """Repeat the launches on `tensors`, which have the strides they had then; the results. None: call as usual.
 
         That is when a tensor is not aligned to 16 bytes, when one tensor had two roles and two have them now, or when
         a profiler listens to launches.
         """
-        runtime = triton.knobs.runtime
+        runtime = knobs.runtime
         enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
         if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
-            return False
-        addresses, bits = [], 0
-        for x in tensors:
-            address = 0 if x is None else x.data_ptr()
-            bits |= address
-            addresses.append(address)
-        if bits % 16 or any([tensors[i] is not tensors[j] for i, j in self.same]):
-            return False
-        self._run(addresses)
-        return True
-
-    def _run(self, addresses: list[int]) -> None:
+            return None
+        everything = [x for x in tensors if x is not None]
+        addresses = [x.data_ptr() for x in everything]
+        if reduce(or_, addresses) & 15 or len(addresses) != self.given:
+            return None
+        if self.same and any([tensors[i] is not tensors[j] for i, j in self.same]):
+            return None
+        for make in self.made:
+            x = make()
+            everything.append(x)
+            addresses.append(x.data_ptr())
         stream = self.current_stream(self.device)
-        for launch, grid, fixed, given, pointers, tuples, descriptors in self.steps:
-            args = given.copy()
-            for i, role in pointers:
-                args[i] = addresses[role]
-            for i, holes, roles in tuples:
+        for launch, template, pointers, tuples, descriptors in self.steps:
+            args = template.copy()
+            args[_STREAM] = stream
+            for i, role, offset in pointers:
+                args[i] = addresses[role] + offset
+            for i, holes, inside in tuples:
                 filled = list(holes)
-                for j, role in roles:
-                    filled[j] = addresses[role]
+                for j, role, offset in inside:
+                    filled[j] = addresses[role] + offset
                 args[i] = tuple(filled)
-            for d in descriptors:
-                address = addresses[d.role]
-                args[d.at] = d.encoded.get(address) or d.move(address)
-            launch(*grid, stream, *fixed, *args)
+            for i, role, offset, encoded, encode in descriptors:
+                address = addresses[role] + offset
+                args[i] = encoded.get(address) or _encode(encoded, encode, address)
+            launch(*args)
+        return [None if role is None else everything[role] for role in self.results]
 
 
-def again(key: Hashable, tensors: Sequence[Tensor | None]) -> bool:
-    """Repeat the launches kept for `key`; False when there are none, or `Launches.at` refuses."""
+def _encode(encoded: dict[int, Any], encode: Callable[[int], Any], address: int) -> Any:
+    """A descriptor that its recording does not have yet; when all have too many, they are dropped."""
+    global _encoded
+    if _encoded >= MOST_ENCODED:
+        forget()
+    _encoded += 1
+    found = encoded[address] = encode(address)
+    return found
+
+
+def find(key: Hashable) -> Launches | None:
+    """The launches kept for `key`; None when there are none."""
     found = _kept.get(key)
-    return found is not None and found.at(tensors)
+    return None if found is None else found[0]
 
 
-@contextmanager
-def record(key: Hashable, tensors: Sequence[Tensor | None], keep: Any = None) -> Iterator[None]:
-    """Run the launches inside the block, and keep them for `key` where a second call can repeat them.
+def record(
+    key: Hashable,
+    tensors: Sequence[Tensor | None],
+    call: Callable[[], Sequence[Tensor | None]],
+    keep: Any = None,
+) -> Sequence[Tensor | None]:
+    """call(), whose launches are kept for `key` where a repetition can do the same.
 
     Args:
-        key: all that decides what is launched but addresses: description, strides, shapes of packed tensors.
-        tensors: every tensor that the launches use, workspace included. keep: kept alive with the recording.
+        key: all that decides what is launched but addresses: description, shapes, strides, which tensors are None.
+        tensors: every tensor that the call reads or writes beside those it allocates itself.
+        keep: what the key refers to by id; kept alive.
     """
     if key in _kept or key not in _seen:  # most packed batches never come again
         if len(_seen) >= 4 * MOST:
             _seen.clear()
         _seen.add(key)
-        yield
-        return
-    with watch(tensors, keep) as recording:
-        yield
-    if not recording.unaligned:
-        if len(_kept) >= MOST:
-            _kept.clear()
-        _kept[key] = recording.launches
-
-
-class Recording:
-    """What `watch` saw, once its block has ended."""
-
-    launches: Launches | None = None  # None: they cannot be repeated
-    unaligned = False  # because of these addresses
-
-
-@contextmanager
-def watch(tensors: Sequence[Tensor | None], keep: Any = None) -> Iterator[Recording]:
-    """Run the launches inside the block, and make of them what repeats them; arguments as of `record`."""
-    result = Recording()
-    calls: list[tuple[Any, tuple, tuple]] = []
-    token = launcher.recording.set(calls)
+        return call()
+    recording = launcher.Recording()
+    token = launcher.recording.set(recording)
     try:
-        with _Watch() as seen:
-            yield result
+        with _Watch(recording) as watch:
+            results = call()
     finally:
         launcher.recording.reset(token)
-    result.unaligned = any(x is not None and x.data_ptr() % 16 for x in tensors)
-    if not seen.other and not result.unaligned:
-        result.launches = _launches(calls, tensors, keep)
+    if any(x is not None and x.data_ptr() % 16 for x in tensors):
+        return results  # what was launched may be special to these addresses
+    if len(_kept) >= MOST:
+        _kept.clear()
+    launches = None if watch.other else _launches(recording, watch.allocated, tensors, results)
+    _kept[key] = launches, keep
+    return results
+
+
+def provided(make: Callable[..., Tensor], *args: Any) -> Tensor:
+    """make(*args), a tensor that outlives the call; a repetition asks for it again."""
+    recording = launcher.recording.get()
+    if recording is None:
+        return make(*args)
+    recording.paused = True
+    x = make(*args)
+    recording.paused = False
+    recording.provided.append((x, partial(make, *args)))
+    return x
+
+
+def forget() -> None:
+    """Drop every recording."""
+    global _encoded
+    _encoded = 0
+    _seen.clear()
+    _kept.clear()
 
 
 class _Watch(TorchDispatchMode):
-    """Notices a torch operator that a repetition would leave out."""
+    """Notes what is allocated, and whether there is a torch operator that a repetition would leave out."""
 
-    other = False
+    def __init__(self, recording: launcher.Recording) -> None:
+        super().__init__()
+        self.recording = recording
+        self.allocated: list[Tensor] = []
+        self.other = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func._schema.name not in _ALLOCATIONS:
+        result = func(*args, **(kwargs or {}))
+        name = func._schema.name
+        if self.recording.paused:
+            pass
+        elif name in _ALLOCATIONS:
+            self.allocated.append(result)
+            self.other |= result.device != self.allocated[0].device
+        elif name not in _VIEWS:
             self.other = True
-        return func(*args, **(kwargs or {}))
+        return result
 
 
-def _launches(calls: list, tensors: Sequence[Tensor | None], keep: Any) -> Launches | None:
+def _launches(
+    recording: launcher.Recording, allocated: list[Tensor], tensors: Sequence[Tensor | None],
+    results: Sequence[Tensor | None],
+) -> Launches | None:  # fmt: skip
     """Templates of the launches, or None where one cannot be repeated."""
-    roles: dict[int, int] = {}
-    same = []
-    for i, x in enumerate(tensors):
-        if x is not None and roles.setdefault(id(x), i) != i:
-            same.append((roles[id(x)], i))
-    try:
-        steps = [_step(binary, grid, args, roles) for binary, grid, args in calls]
-    except (
-        KeyError
-    ):  # a tensor that the caller did not name (a copy, most likely), or a launch of another kind
+    first = recording.calls[0][0] if recording.calls else None
+    if first is None:
         return None
-    first = calls[0][0] if calls else None
-    return None if first is None else Launches(steps, first.device, first.current_stream, same, keep)
+    try:
+        roles = _Roles(tensors, allocated, results, recording.provided)
+        steps = [_step(binary, grid, args, roles) for binary, grid, args in recording.calls]
+        returned = [None if x is None else roles.whole[id(x)] for x in results]
+    except KeyError:  # a tensor of unknown origin, or a launch of another kind
+        return None
+    return Launches(steps, first.device, first.current_stream, roles.given, roles.same, roles.made, returned)
 
 
-def _step(binary: Any, grid: tuple, args: tuple, roles: dict[int, int]) -> Step:
+class _Roles:
+    """Which tensor of a call an argument of a launch is, or which part of one that the call allocated."""
+
+    def __init__(
+        self, tensors: Sequence[Tensor | None], allocated: list[Tensor], results: Sequence[Tensor | None],
+        provided: list[tuple[Tensor, Callable[[], Tensor]]],
+    ) -> None:  # fmt: skip
+        self.whole: dict[int, int] = {}  # by id
+        self.same: list[tuple[int, int]] = []
+        self.made: list[Callable[[], Tensor]] = []
+        self.parts: dict[int, tuple[int, int]] = {}  # by address of a storage: (role, where in it)
+        places: dict[int, int] = {}
+        role = 0
+        for place, x in enumerate(tensors):
+            if x is None:
+                continue
+            self.whole.setdefault(id(x), role)
+            if places.setdefault(id(x), place) != place:
+                self.same.append((places[id(x)], place))
+            role += 1
+        self.given = role
+        storages = {_storage(x): x for x in allocated}
+        for x in results:
+            if x is None or id(x) in self.whole:
+                continue
+            # by its storage: what torch hands out under a mode may be an alias of what was allocated
+            memory = storages.pop(_storage(x)).untyped_storage()
+            if x.data_ptr() != memory.data_ptr() or x.numel() * x.element_size() != memory.nbytes():
+                raise KeyError("a result that is a part of an allocation")
+            self.whole[id(x)] = role
+            self.parts[_storage(x)] = role, 0
+            # not `torch.empty`, which takes the host half as long again
+            self.made.append(
+                partial(torch.empty_strided, tuple(x.shape), x.stride(), dtype=x.dtype, device=x.device)
+            )
+            role += 1
+        size = 0
+        for address, x in storages.items():
+            self.parts[address] = role, size
+            size += -(-x.untyped_storage().nbytes() // _LINE) * _LINE
+        if size:
+            where = allocated[0].device
+            self.made.append(partial(torch.empty_strided, (size,), (1,), dtype=torch.uint8, device=where))
+            role += 1
+        for x, again in provided:
+            self.whole[id(x)] = role
+            self.made.append(again)
+            role += 1
+
+    def __call__(self, x: Tensor) -> tuple[int, int]:
+        """(role, offset in bytes); KeyError: unknown."""
+        if id(x) in self.whole:
+            return self.whole[id(x)], 0
+        role, begin = self.parts[_storage(x)]
+        return role, begin + x.data_ptr() - _storage(x)
+
+
+def _storage(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
+
+
+def _step(binary: Any, grid: tuple, args: tuple, roles: _Roles) -> Step:
     """KeyError: cannot be repeated."""
-    short = None if binary is None else binary.short
-    if short is None:
-        raise KeyError("launched without a shortcut")
-    boxes = dict(short.boxes)
-    flat: list[Any] = []
-    pointers: list[tuple[int, int]] = []
-    tuples: list[tuple[int, tuple, list[tuple[int, int]]]] = []
+    if binary is None:
+        raise KeyError("launched by Triton itself")
+    if any(_bare_address(kind, x) for kind, x in zip(binary.signature, args, strict=False)):
+        raise KeyError("an address that is not a tensor's")
+    launch, flat, encode = binary.template(grid)
+    pointers: list[Hole] = []
+    tuples: list[tuple[int, tuple, list[Hole]]] = []
     descriptors: list[Descriptor] = []
     for i, x in enumerate(args):
         at = len(flat)
-        if i in boxes:
-            role = roles[id(x.base)]
-            descriptors.append(Descriptor(at, role, x._replace(base=None), boxes[i], short.encode, {}))
-            flat += [None, *x.shape, *x.strides]
+        if hasattr(x, "block_shape"):
+            descriptors.append(Descriptor.of(Hole(at, *roles(x.base)), x, partial(encode, i)))
+            flat += [None, *binary.behind_descriptor(x)]
         elif isinstance(x, Tensor):
-            pointers.append((at, roles[id(x)]))
+            pointers.append(Hole(at, *roles(x)))
             flat.append(None)
         elif type(x) is tuple and _holds_tensors(x):
-            holes = [(j, roles[id(y)]) for j, y in enumerate(x) if isinstance(y, Tensor)]
+            holes = [Hole(j, *roles(y)) for j, y in enumerate(x) if isinstance(y, Tensor)]
             rest = tuple(None if isinstance(y, Tensor) else y for y in x)
             if _holds_tensors(rest):
                 raise KeyError("a tensor in a tuple of a tuple")
@@ -218,20 +328,15 @@ def _step(binary: Any, grid: tuple, args: tuple, roles: dict[int, int]) -> Step:
             flat.append(None)
         else:
             flat.append(x)
-    fixed = (binary.function, *short.before, binary.packed, None, None, None)
-    return Step(short.launch, grid, fixed, flat, pointers, tuples, descriptors)
+    return Step(launch, flat, pointers, tuples, descriptors)
+
+
+def _bare_address(kind: Any, x: Any) -> bool:
+    """Whether x, of a parameter of this type, is an address (or holds one): a repetition could not move it."""
+    if type(x) is tuple:
+        return any(_bare_address(k, y) for k, y in zip(kind, x, strict=True))
+    return type(x) is int and kind[0] == "*"
 
 
 def _holds_tensors(x: Any) -> bool:
     return isinstance(x, Tensor) or (type(x) is tuple and any(_holds_tensors(y) for y in x))
-
-
-def layout(tensors: Sequence[Tensor | None]) -> tuple:
-    """The strides of each tensor, for a key."""
-    return tuple([None if x is None else x.stride() for x in tensors])
-
-
-def forget() -> None:
-    """Drop every recording."""
-    _seen.clear()
-    _kept.clear()
