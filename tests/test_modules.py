@@ -78,7 +78,8 @@ def test_cross_entropy_matches_torch(smoothing, inplace):
     logits = torch.randn(10, 33, requires_grad=True)
     labels = torch.randint(33, (10,))
     labels[3] = -100
-    want = F.cross_entropy(0.7 * logits, labels, label_smoothing=smoothing)
+    labels = labels.to(torch.int32 if inplace else torch.int64)
+    want = F.cross_entropy(0.7 * logits, labels.long(), label_smoothing=smoothing)
     (want_grad,) = torch.autograd.grad(want, logits)
     loss = CrossEntropyLoss(label_smoothing=smoothing, logit_scale=0.7, inplace_backward=inplace)(
         logits * 1.0, labels

@@ -278,3 +278,46 @@ class TestKernel:
         out = apply_rotary(x, cos, sin, 2, cu, 20, interleaved)
         assert_close(out[:25], oracle(x[:25], cos, sin, [*range(2, 22), *range(2, 7)], interleaved))
         assert torch.equal(out[25:], x[25:])
+
+
+OFFSETS = torch.tensor([3, 7], dtype=torch.int32)
+PACKED_STARTS = torch.tensor([0, 5, 12], dtype=torch.int32)
+COMPILED = {
+    "integer offset": ((2, 9, 4, 16), lambda x, c, s: apply_rotary_emb(x, c, s, seqlen_offsets=5)),
+    "tensor offset": ((2, 9, 4, 16), lambda x, c, s: apply_rotary_emb(x, c, s, True, seqlen_offsets=OFFSETS)),
+    "packed": (
+        (12, 4, 16),
+        lambda x, c, s: apply_rotary_emb(x, c, s, cu_seqlens=PACKED_STARTS, max_seqlen=7),
+    ),
+    "in place": ((2, 9, 4, 16), lambda x, c, s: apply_rotary_emb(x, c, s, inplace=True)),
+    "used later": ((2, 9, 4, 16), lambda x, c, s: (apply_rotary_emb(x, c, s, inplace=True), 2 * x)[1]),
+    "qkv": ((2, 9, 3, 4, 16), lambda x, c, s: apply_rotary_emb_qkv_(x, c, s, seqlen_offsets=2)),
+    "qkv of unlike heads": ((2, 9, 8, 16), lambda x, c, s: apply_rotary_emb_qkv_(x, c, s, num_heads_q=4)),
+    "kv": ((2, 9, 2, 4, 16), lambda x, c, s: apply_rotary_emb_kv_(x, c, s, seqlen_offsets=OFFSETS)),
+}
+
+
+@pytest.mark.parametrize("leaf", [False, True], ids=["", "leaf"])
+@pytest.mark.parametrize("form", COMPILED)
+def test_compiled_in_one_graph_equals_eager(form, leaf):
+    """torch.compile traced the in-place functions to other numbers (kv), or refused them; a leaf may be rotated too."""
+    if leaf and form == "used later":
+        pytest.skip("later uses of a leaf that was written to have no gradient to agree on")
+    torch.compiler.reset()  # else its limit of recompilations counts all forms together
+    shape, function = COMPILED[form]
+    torch.manual_seed(0)
+    angles = torch.outer(torch.arange(20.0), 0.1 ** torch.arange(6.0))
+    tables, start = (angles.cos(), angles.sin()), torch.randn(shape)
+    dout, results = torch.randn(shape), []
+
+    def call(x, *tables):
+        given = x if leaf else x * 1.0
+        return function(given, *tables), given
+
+    for run in (call, torch.compile(call, backend="aot_eager", fullgraph=True)):
+        x = start.clone().requires_grad_()
+        out, given = run(x, *tables)
+        out.backward(dout.clone())
+        results.append((out.detach(), x.grad, given.detach()))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0)

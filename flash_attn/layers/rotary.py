@@ -4,6 +4,8 @@ On a GPU the work is done by `flash_attn.ops.triton.rotary`, elsewhere by torch.
 round once.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -132,6 +134,26 @@ def _apply(
     return x.copy_(out) if inplace else out
 
 
+def _in_graph(
+    packed: Tensor, views: Callable[[Tensor], Sequence[Tensor]], tables: Sequence[Tensor], interleaved: bool,
+    inplace: bool, seqlen_offsets: int | Tensor = 0, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None,
+) -> Tensor:  # fmt: skip
+    """`views(packed)` rotated, in torch operations for torch.compile: of an autograd.Function that writes into its
+    input it refuses some, and traces others to wrong results (torch 2.13)."""
+    out = packed.clone()
+    for x, (cos, sin) in zip(views(out), _pairs(tables), strict=True):
+        batch, seqlen, _, _ = check_rotary(x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen)
+        positions = _positions(x, batch, seqlen, seqlen_offsets, cu_seqlens)
+        x.copy_(rotate_at(x, cos.detach(), sin.detach(), positions, interleaved))
+    if not inplace:
+        return out
+    if packed.is_leaf and packed.requires_grad:  # see `_mark_dirty`
+        with torch.no_grad():
+            packed.copy_(out)
+        return out
+    return packed.copy_(out)
+
+
 def _mark_dirty(ctx, x: Tensor) -> None:
     """Tell autograd that x changed. A leaf that requires grad cannot be marked, and FA2 lets it be rotated in place."""
     if not (x.is_leaf and x.requires_grad):
@@ -197,6 +219,9 @@ def apply_rotary_emb(
         raise ArgumentValueError(
             f"x must have a contiguous last dimension to be rotated in place, got {x.stride()}"
         )
+    if torch.compiler.is_compiling():
+        where = (seqlen_offsets, cu_seqlens, max_seqlen)
+        return _in_graph(x, lambda t: (t,), (cos, sin), interleaved, inplace, *where)
     x = _last_contiguous(x)
     return _ApplyRotaryEmb.apply(x, cos, sin, interleaved, inplace, seqlen_offsets, cu_seqlens, max_seqlen)
 
@@ -250,6 +275,12 @@ class _Packed(torch.autograd.Function):
         return grad, None, None, None, *(None for _ in tables)
 
 
+def _rotate_packed(packed, views, interleaved, seqlen_offsets, *tables):
+    if torch.compiler.is_compiling():
+        return _in_graph(packed, views, tables, interleaved, True, seqlen_offsets)
+    return _Packed.apply(packed, views, interleaved, seqlen_offsets, *tables)
+
+
 def _pairs(tables):
     return zip(tables[::2], tables[1::2], strict=True)
 
@@ -271,7 +302,7 @@ def apply_rotary_emb_qkv_(
     if (cos_k is None) != (sin_k is None):
         raise ArgumentValueError("cos_k and sin_k must be given together")
     tables = (cos, sin, cos if cos_k is None else cos_k, sin if sin_k is None else sin_k)
-    return _Packed.apply(qkv, lambda t: _split_qkv(t, num_heads_q), interleaved, seqlen_offsets, *tables)
+    return _rotate_packed(qkv, lambda t: _split_qkv(t, num_heads_q), interleaved, seqlen_offsets, *tables)
 
 
 def apply_rotary_emb_kv_(
@@ -282,7 +313,7 @@ def apply_rotary_emb_kv_(
         raise ArgumentValueError(
             f"kv must have shape (batch, seqlen, 2, kv_heads, dim), got {tuple(kv.shape)}"
         )
-    return _Packed.apply(kv, lambda t: (t[:, :, 0],), interleaved, seqlen_offsets, cos, sin)
+    return _rotate_packed(kv, lambda t: (t[:, :, 0],), interleaved, seqlen_offsets, cos, sin)
 
 
 class RotaryEmbedding(nn.Module):

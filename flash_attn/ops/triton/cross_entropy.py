@@ -23,7 +23,7 @@ class _CrossEntropy(torch.autograd.Function):
             dist.all_gather(parts, lse, group=process_group)
             lse = torch.logsumexp(torch.stack(parts), 0)
         ignored = labels == ignore_index
-        local = labels - first
+        local = labels.long() - first
         here = (local >= 0) & (local < logits.shape[-1]) & ~ignored
         local = torch.where(here, local, 0)
         target = torch.where(here, x.gather(-1, local[:, None])[:, 0], 0.0)
@@ -61,7 +61,7 @@ def cross_entropy_loss(
 
     Args:
         logits: (rows, classes); with `process_group`, this rank's contiguous slice of the classes.
-        labels: int64 (rows,), over all classes; rows with `ignore_index` give 0.
+        labels: integers (rows,), over all classes; rows with `ignore_index` give 0.
         precomputed_lse: fp32 (rows,), logsumexp of logit_scale * logits over all classes.
         lse_square_scale: weight of the z-loss, lse^2, which is part of the losses.
         inplace_backward: let the gradient overwrite the logits.
