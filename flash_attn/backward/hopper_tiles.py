@@ -205,7 +205,6 @@ def produce(work, F: gl.constexpr, T: gl.constexpr):
     ROWS: gl.constexpr = T.BLOCK_N // BLOCKS
     key0 = n * T.BLOCK_N
     if total > 0:
-        wait_for_zeros(zeroed, sizes)  # nobody adds to them before Q is there
         mbarrier.expect(kv_full.index(0), BLOCKS * (k_desc.block_type.nbytes + v_desc.block_type.nbytes))
         for i in gl.static_range(BLOCKS):
             at = box(k_side, hk, key0 + i * ROWS, N, units[2], F.ragged)
@@ -227,13 +226,15 @@ def produce(work, F: gl.constexpr, T: gl.constexpr):
         full = q_full.index(st)
         mbarrier.expect(full, q_desc.block_type.nbytes + 2 * stats_desc.block_type.nbytes)
         tma_load(q_desc, box(q_side, h, m * T.BLOCK_M, M, units[0], F.ragged), full, q_s.index(st))
-        tma_load(stats_desc, [stats * T.BLOCK_M], full, lse_s.index(st))
-        tma_load(stats_desc, [(stats + 1) * T.BLOCK_M], full, delta_s.index(st))
         if it == 0:
             # behind Q: the first product needs only K and Q
             for i in gl.static_range(BLOCKS):
                 at = box(k_side, hk, key0 + i * ROWS, N, units[3], F.ragged)
                 tma_load(v_desc, at, kv_full.index(0), v_s.index(i))
+            # under the loads: nobody adds to the sums before the row statistics are there
+            wait_for_zeros(zeroed, sizes)
+        tma_load(stats_desc, [stats * T.BLOCK_M], full, lse_s.index(st))
+        tma_load(stats_desc, [(stats + 1) * T.BLOCK_M], full, delta_s.index(st))
         if it >= T.STAGES:
             barrier_sync(BAR_DO + st, 288)
         full = do_full.index(st)
