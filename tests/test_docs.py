@@ -221,7 +221,18 @@ def test_both_languages_say_the_same(page):
 
 def test_what_newcomers_read_is_there_in_both_languages():
     wanted = ["README", "QUICK_REFERENCE", "ARCHITECTURE", "CONTRIBUTING", "ROADMAP"]
-    wanted += [f"docs/{name}" for name in ("algorithm", "faq", "usage", "performance", "numerics")]
+    pages = (
+        "lessons",
+        "algorithm",
+        "faq",
+        "usage",
+        "performance",
+        "numerics",
+        "api",
+        "cost-model",
+        "migrate",
+    )
+    wanted += ["learn/cuda/README", *(f"docs/{name}" for name in pages)]
     assert [name for name in wanted if f"{name}.zh.md" not in CHINESE] == []
 
 

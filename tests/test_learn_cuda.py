@@ -167,11 +167,14 @@ def test_build_and_run_without_nvcc_says_what_is_left(tmp_path):
     script = tmp_path / "build_and_run.sh"
     # not even where a toolkit usually lies
     script.write_text(re.sub(r"/usr/local/cuda/bin/nvcc", "/nonexistent/nvcc", text))
-    done = subprocess.run(
-        ["bash", script], env={"PATH": str(tmp_path), "PYTHON": "no-python"}, capture_output=True, text=True
-    )
-    assert done.returncode == 1
-    assert "Missing: nvcc" in done.stdout and "flash-attn learn" in done.stdout and "No torch" in done.stdout
+    for options in ([], ["--quick"]):
+        done = subprocess.run(
+            ["bash", script, *options], env={"PATH": str(tmp_path), "PYTHON": "no-python"}, capture_output=True, text=True
+        )  # fmt: skip
+        assert done.returncode == 1
+        assert (
+            "Missing: nvcc" in done.stdout and "flash-attn learn" in done.stdout and "No torch" in done.stdout
+        )
 
 
 def test_the_rows_of_a_measurement(emulated, monkeypatch):
@@ -201,6 +204,31 @@ def test_the_rows_of_a_measurement(emulated, monkeypatch):
         "float32",
     }
     assert "0.50 of FA2" in measure.describe(backward)
+
+
+def test_a_time_line_reads_as_a_table():
+    """What the profiler writes becomes one line for equal launches, the longest first, and the share of busy time."""
+    from learn.cuda import timeline
+
+    args = {"grid": [64, 16, 2], "block": [128, 1, 1], "registers per thread": 170, "shared memory": 50176}
+    trace = {
+        "traceEvents": [
+            {"cat": "cpu_op", "name": "aten::fill_", "ts": 0.0, "dur": 5.0},
+            {
+                "cat": "kernel",
+                "name": "void small(float)",
+                "ts": 90.0,
+                "dur": 10.0,
+                "args": {"grid": [1, 1, 1]},
+            },
+            {"cat": "kernel", "name": "dq_kernel<false>(FlashArgs)", "ts": 10.0, "dur": 40.0, "args": args},
+            {"cat": "kernel", "name": "dq_kernel<false>(FlashArgs)", "ts": 50.0, "dur": 20.0, "args": args},
+        ]
+    }
+    head, first, second, busy = timeline.table_of(timeline.events_of(trace))
+    assert first.split() == ["2", "30.0", "64x16x2", "128x1x1", "170", "50176", "dq_kernel<false>"]
+    assert second.split() == ["1", "10.0", "1x1x1", "small"]
+    assert head.split()[:3] == ["calls", "us", "a"] and busy == "busy 70 us of 90 us: 78%"
 
 
 def test_learn_lists_the_ladder():

@@ -1,11 +1,16 @@
 #!/usr/bin/env bash
-# Builds the CUDA ladder and runs what this machine can run. ./build_and_run.sh [HEAD_DIM=128] [CUDA_ARCH=sm_80]
-#   nvcc and a GPU   every step: errors, timing table, comparison with PyTorch
+# Builds the CUDA ladder and runs what this machine can run. ./build_and_run.sh [--quick] [HEAD_DIM=128] [CUDA_ARCH=sm_80]
+#   nvcc and a GPU   every step: errors, timing table, comparison with PyTorch (--quick: small problems, no comparison)
 #   nvcc alone       compiles every step; runs them on the CPU by the emulator
 #   neither          runs them on the CPU by the emulator, and points to the lessons
 set -uo pipefail
 cd "$(dirname "$0")"
 
+quick=
+if [ "${1:-}" = --quick ]; then
+  quick=--quick
+  shift
+fi
 nvcc=$(command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null || true)
 gpu=$(nvidia-smi -L 2>/dev/null | head -n 1 || true)
 python=${PYTHON:-python3}
@@ -47,8 +52,10 @@ if [ -z "$gpu" ]; then
   exit
 fi
 
-./test_flash_attn || exit 1
-if [ -n "$has_torch" ]; then
+./test_flash_attn $quick || exit 1
+if [ -n "$quick" ]; then
+  echo "Left out by --quick: the largest problem of the table, and the comparison with PyTorch (make check)."
+elif [ -n "$has_torch" ]; then
   make check "$@"
 else
   echo "No torch in $python: the comparison with PyTorch is left out."
