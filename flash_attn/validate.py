@@ -168,12 +168,16 @@ def describe_varlen(
         seqused_k = cu_seqlens_k[1:] - cu_seqlens_k[:-1]
     if alibi_slopes is not None:
         alibi_slopes = last_contiguous("alibi_slopes", alibi_slopes)
-    ops = Operands(
-        last_contiguous("q", q), last_contiguous("k", k), last_contiguous("v", v),
-        cu_seqlens_q=contiguous(cu_seqlens_q), cu_seqlens_k=contiguous(cu_seqlens_k) if problem.varlen_k else None,
-        seqused_q=contiguous(seqused_q), seqused_k=contiguous(seqused_k), leftpad_k=contiguous(leftpad_k),
-        block_table=None if block_table is None else last_contiguous("block_table", block_table),
-        alibi_slopes=alibi_slopes, sink=sink,
+    ops = Operands(  # as in `describe`
+        q if q.is_contiguous() else last_contiguous("q", q),
+        k if k.is_contiguous() else last_contiguous("k", k),
+        v if v.is_contiguous() else last_contiguous("v", v),
+        contiguous(cu_seqlens_q), contiguous(cu_seqlens_k) if problem.varlen_k else None,
+        seqused_q if seqused_q is None else contiguous(seqused_q),
+        seqused_k if seqused_k is None else contiguous(seqused_k),
+        leftpad_k if leftpad_k is None else contiguous(leftpad_k),
+        block_table if block_table is None else last_contiguous("block_table", block_table),
+        None, alibi_slopes, sink,
     )  # fmt: skip
     return problem, ops
 

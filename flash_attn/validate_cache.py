@@ -102,11 +102,12 @@ def describe_kvcache(
         new = Append(
             last_contiguous("k", k), last_contiguous("v", v), cos, sin, bool(rotary_interleaved), lengths
         )
-    ops = Operands(
-        last_contiguous("q", q), k_cache, v_cache, seqused_k=lengths, leftpad_k=contiguous(cache_leftpad),
-        block_table=None if block_table is None else last_contiguous("block_table", block_table),
-        cache_batch_idx=contiguous(cache_batch_idx),
-        alibi_slopes=None if alibi_slopes is None else last_contiguous("alibi_slopes", alibi_slopes), sink=sink,
+    ops = Operands(  # by position, which costs half a microsecond less
+        q if q.is_contiguous() else last_contiguous("q", q), k_cache, v_cache, None, None, None, lengths,
+        cache_leftpad if cache_leftpad is None else contiguous(cache_leftpad),
+        block_table if block_table is None else last_contiguous("block_table", block_table),
+        cache_batch_idx if cache_batch_idx is None else contiguous(cache_batch_idx),
+        alibi_slopes if alibi_slopes is None else last_contiguous("alibi_slopes", alibi_slopes), sink,
     )  # fmt: skip
     return problem, ops, new
 
