@@ -168,9 +168,8 @@ def test_build_and_run_without_nvcc_says_what_is_left(tmp_path):
     # not even where a toolkit usually lies
     script.write_text(re.sub(r"/usr/local/cuda/bin/nvcc", "/nonexistent/nvcc", text))
     for options in ([], ["--quick"]):
-        done = subprocess.run(
-            ["bash", script, *options], env={"PATH": str(tmp_path), "PYTHON": "no-python"}, capture_output=True, text=True
-        )  # fmt: skip
+        env = {"PATH": str(tmp_path), "PYTHON": "no-python"}
+        done = subprocess.run(["bash", script, *options], env=env, capture_output=True, text=True)
         assert done.returncode == 1
         assert (
             "Missing: nvcc" in done.stdout and "flash-attn learn" in done.stdout and "No torch" in done.stdout
