@@ -22,11 +22,10 @@ from flash_attn.forward.hopper_step import (
     issue_scores,
     mask,
     pack,
-    per_thread,
+    quad_layout,
     query,
     rescale_output,
     rows_layout,
-    scale_output,
     scale_part,
     softmax,
     thread_sums,
@@ -63,7 +62,9 @@ class Config(NamedTuple):
     )
     QREG: int  # columns of Q kept in registers: all, half or none; saves shared-memory bandwidth
     SHARE: bool  # O is staged where Q was
-    LAZY: bool = False  # O is rescaled only where the maximum grew, under the scores of the next key tile
+    LAZY: bool = (
+        False  # sum and O are rescaled only where the maximum grew, O under the scores of the next key tile
+    )
     left: bool = False
     right: bool = False
     softcap: bool = False
@@ -226,12 +227,14 @@ def _limits(work, band, WG: gl.constexpr, C: gl.constexpr):
 
 @gluon.jit
 def _first_softmax(s, work, band, scale, dtype: gl.constexpr, WG: gl.constexpr, C: gl.constexpr):
-    """(m, l, P) of the first key tile of `work`, whose products are `s`; it is always masked."""
+    """(pivot, l, P) of the first key tile of `work`, whose products are `s`; it is always masked."""
     _, _, lo, hi = _limits(work, band, WG, C)
     first, n = blocks(work.m, work.M, work.N, band, C)
     s = mask(capped(s, scale[0], C), key_tile(first, n, 0, C), lo, hi, C)
-    p, m, _ = softmax(s, gl.full([64], float("-inf"), gl.float32, rows_layout(C.BN)), scale[1], True, C)
-    return m, thread_sums(p, C), pack(p, dtype, C)
+    p, pivot, _ = softmax(
+        s, gl.full([64, 4], float("-inf"), gl.float32, quad_layout(C.BN)), scale[1], True, C
+    )
+    return pivot, thread_sums(p, C), pack(p, dtype, C)
 
 
 @gluon.jit
@@ -239,7 +242,7 @@ def _step(q, rings, bars, it, n, full, lo, hi, state, scale, WG: gl.constexpr, C
     """S(j+1) and P(j) V(j) are in flight together; the softmax of S(j+1) runs under the second."""
     k_ring, v_ring = rings
     k_full, v_full = bars
-    m, l, acc, p16, alpha = state
+    pivot, l, acc, p16, alpha = state
     MASKED: gl.constexpr = C.left or C.right
     nxt = (it + 1) % C.STAGES
     phase = ((it + 1) // C.STAGES) & 1
@@ -262,9 +265,9 @@ def _step(q, rings, bars, it, n, full, lo, hi, state, scale, WG: gl.constexpr, C
     # one loop with a uniform branch: a second, mask-free loop spills at head dim 64
     if MASKED and ((n >= full[1]) | (n < full[0])):
         s = mask(s, n, lo, hi, C)
-    p, m, alpha = softmax(s, m, scale[1], MASKED, C)
+    p, pivot, alpha = softmax(s, pivot, scale[1], MASKED, C)
     # without compute_first the two waits below would be hoisted over the softmax, and the overlap lost
-    l = compute_first(l * per_thread(alpha, C) + thread_sums(p, C))
+    l = compute_first(l * alpha + thread_sums(p, C))
     p16 = pack(p, v_ring[0].dtype, C)
     mbarrier.wait(v_full.index(nxt), phase)
     acc = wait_output(0, acc)
@@ -272,8 +275,8 @@ def _step(q, rings, bars, it, n, full, lo, hi, state, scale, WG: gl.constexpr, C
         random_delay(C.DELAY)
     barrier_arrive(_v_free(C) + cur, _threads(C))
     if not C.LAZY:
-        acc = scale_output(acc, alpha, C)
-    return m, l, acc, p16, alpha
+        acc = rescale_output(acc, alpha, C)
+    return pivot, l, acc, p16, alpha
 
 
 @gluon.jit
@@ -321,7 +324,7 @@ def _consumer(common, WG: gl.constexpr, C: gl.constexpr):
     mbarrier.wait(k_full.index(0), 0, pred=work.m >= 0)
     s = warpgroup_mma_wait(0, deps=(issue_scores(query(q_ring, WG, C), k_ring, 0, C),))
     barrier_arrive(_k_free(C), _threads(C))
-    m, l, p16 = _first_softmax(s, work, band, scale, v_ring[0].dtype, WG, C)
+    pivot, l, p16 = _first_softmax(s, work, band, scale, v_ring[0].dtype, WG, C)
     while work.m >= 0:
         m_lo, rows, lo, hi = _limits(work, band, WG, C)
         first, n = blocks(work.m, work.M, work.N, band, C)
@@ -330,12 +333,12 @@ def _consumer(common, WG: gl.constexpr, C: gl.constexpr):
         buffer = (count % QS) * W + WG
         q = query(q_ring, buffer, C)
         acc = zero_output(C)
-        alpha = gl.full([64], 1.0, gl.float32, rows_layout(BN))
+        alpha = gl.full([64, 4], 1.0, gl.float32, quad_layout(BN))
         mbarrier.wait(v_full.index(it % C.STAGES), (it // C.STAGES) & 1)
         for j in range(1, n):
-            m, l, acc, p16, alpha = _step(
+            pivot, l, acc, p16, alpha = _step(
                 q, (k_ring, v_ring), (k_full, v_full), it, key_tile(first, n, j, C), full, lo, hi,
-                (m, l, acc, p16, alpha), scale, WG, C,
+                (pivot, l, acc, p16, alpha), scale, WG, C,
             )  # fmt: skip
             it += 1
         if not C.SHARE:
@@ -360,7 +363,7 @@ def _consumer(common, WG: gl.constexpr, C: gl.constexpr):
             s = issue_scores(query(q_ring, next_buffer, C), k_ring, nxt, C)
         if C.PINGPONG:
             barrier_arrive(_turn(C) + (WG + 1) % W, 256)
-        inv, log_sum = finish(m, l, rows, work, sink, scale[1], C)
+        inv, log_sum = finish(pivot, l, rows, work, sink, C)
         offset = work.b.to(gl.int64) * sizes[9] + work.h.to(gl.int64) * sizes[10] + work.start
         gl.store(lse + offset + rows, log_sum, mask=rows < work.rows)
         acc = wait_output(SCORES if C.CHAIN else 0, acc)
@@ -375,7 +378,7 @@ def _consumer(common, WG: gl.constexpr, C: gl.constexpr):
             s = issue_scores(query(q_ring, next_buffer, C), k_ring, nxt, C)
         s = warpgroup_mma_wait(0, deps=(s,))
         barrier_arrive(_k_free(C) + nxt, _threads(C))
-        m, l, p16 = _first_softmax(s, following, band, scale, v_ring[0].dtype, WG, C)
+        pivot, l, p16 = _first_softmax(s, following, band, scale, v_ring[0].dtype, WG, C)
         if C.CHAIN and C.SHARE:
             tma.store_wait(0)
             barrier_arrive(_q_free(C) + count % QS, _threads(C))

@@ -13,8 +13,8 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warp
 from flash_attn.tile.hopper import (
     column_layout,
     column_registers,
+    follow_maximum,
     from_columns,
-    keep_pivot,
     row_limit,
     scale_unless_one,
     to_columns,
@@ -108,36 +108,45 @@ def mask(s, n, lo, hi, C: gl.constexpr):
     return from_columns(s, N, accumulator(N))
 
 
+@gluon.constexpr_function
+def quad_layout(N):
+    """(64, 4): one value per row and thread of its quad, what a thread knows of its columns before any shuffle."""
+    return gl.SliceLayout(1, gl.SliceLayout(3, column_layout(N)))
+
+
 @gluon.jit
-def softmax(s, m, outer, MASKED: gl.constexpr, C: gl.constexpr):
+def over_columns(x, N: gl.constexpr):
+    """(64, 4) values as (64, 1, 4, 1), to combine with `to_columns(..., N)`."""
+    x = gl.convert_layout(x, quad_layout(N), assert_trivial=True)
+    return gl.expand_dims(gl.expand_dims(x, 1), 3)
+
+
+@gluon.jit
+def softmax(s, pivot, outer, MASKED: gl.constexpr, C: gl.constexpr):
     """(p in fp32, new pivot, factor for sum and output) of (soft capped) products; base-2 logits are s * outer.
 
-    The pivot `m` is the maximum so far or, if LAZY, up to 8 / outer less: then the factor is 1.
+    Pivots and factors are (64, 4), the same in the four threads of a row. The pivot is the largest logit so far or, if
+    LAZY, up to 8 less: then the factor is 1.
     """
-    top = gl.max(gl.max(gl.max(to_columns(s, C.BN), 3), 1), 1)  # in the thread first, then over the quad
-    m_new = gl.maximum(m, gl.convert_layout(top, rows_layout(C.BN), assert_trivial=True))
+    c = to_columns(s, C.BN)
+    top = gl.max(gl.max(c, 3), 1) * outer
     if C.LAZY:
-        m_new = keep_pivot(m, m_new, m * outer, m_new * outer)
-    pivot = m_new * outer
+        new, factor = follow_maximum(pivot, top)
+    else:
+        new = gl.maximum(pivot, gl.expand_dims(gl.max(top, 1), 1))
+    base = new
     if MASKED:  # a row that has seen no key: -inf - -inf would be NaN
-        pivot = gl.where(m_new == float("-inf"), 0.0, pivot)
-    alpha = gl.exp2(m * outer - pivot)
-    if C.LAZY:
-        alpha = gl.where(m_new == m, 1.0, alpha)
-    return gl.exp2(s * outer - gl.expand_dims(pivot, 1)), m_new, alpha
+        base = gl.where(new == float("-inf"), 0.0, new)
+    if not C.LAZY:
+        factor = gl.exp2(pivot - base)
+    p = gl.exp2(c * outer - over_columns(base, C.BN))
+    return from_columns(p, C.BN, accumulator(C.BN)), new, factor
 
 
 @gluon.jit
 def thread_sums(p, C: gl.constexpr):
     """Row sums of what each thread holds, (64, 4): no shuffles."""
     return gl.sum(gl.sum(to_columns(p, C.BN), 3), 1)
-
-
-@gluon.jit
-def per_thread(x, C: gl.constexpr):
-    """A value per row, shaped to multiply `thread_sums`."""
-    A: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(1, gl.SliceLayout(3, column_layout(C.BN))))
-    return gl.expand_dims(gl.convert_layout(x, A, assert_trivial=True), 1)
 
 
 @gluon.jit
@@ -153,26 +162,19 @@ def scale_part(acc, factor, N: gl.constexpr):
 
 
 @gluon.jit
-def scale_output(acc, factor, C: gl.constexpr):
-    if C.V1:
-        return scale_part(acc[0], factor, C.V0), scale_part(acc[1], factor, C.V1)
-    else:
-        return (scale_part(acc[0], factor, C.V0),)
-
-
-@gluon.jit
-def _rescale_part(acc, factor, N: gl.constexpr):
-    factor = gl.expand_dims(gl.convert_layout(factor, rows_layout(N), assert_trivial=True), 1)
-    return scale_unless_one(acc, factor.broadcast_to([64, N]), N)
+def _rescale_part(acc, factor, N: gl.constexpr, C: gl.constexpr):
+    acc, factor = to_columns(acc, N), over_columns(factor, N)
+    acc = scale_unless_one(acc, factor.broadcast_to([64, N // 8, 4, 2]), N) if C.LAZY else acc * factor
+    return from_columns(acc, N, accumulator(N))
 
 
 @gluon.jit
 def rescale_output(acc, factor, C: gl.constexpr):
-    """O * factor per row, under the products in flight."""
+    """O * factor; if LAZY, under the products in flight."""
     if C.V1:
-        return _rescale_part(acc[0], factor, C.V0), _rescale_part(acc[1], factor, C.V1)
+        return _rescale_part(acc[0], factor, C.V0, C), _rescale_part(acc[1], factor, C.V1, C)
     else:
-        return (_rescale_part(acc[0], factor, C.V0),)
+        return (_rescale_part(acc[0], factor, C.V0, C),)
 
 
 @gluon.jit
@@ -187,10 +189,10 @@ def zero_output(C: gl.constexpr):
 
 
 @gluon.jit
-def finish(m, l, rows, work, sink, scale_log2, C: gl.constexpr):
+def finish(pivot, l, rows, work, sink, C: gl.constexpr):
     """(factor of O, natural-log LSE): 0 and -inf for rows without keys. A sink joins the denominator."""
     l = gl.convert_layout(gl.sum(l, 1), rows_layout(C.BN), assert_trivial=True)
-    top = m * scale_log2  # base 2
+    top = gl.convert_layout(gl.max(pivot, 1), rows_layout(C.BN), assert_trivial=True)
     shrink = 1.0
     if C.sink:
         s = gl.load(sink + work.h).to(gl.float32) * LOG2E

@@ -94,23 +94,31 @@ def compute_first(l):
 # ---- a softmax that rarely rescales -------------------------------------------------------------------------------
 # What a row has summed is relative to a pivot, which need not be its maximum: any pivot that keeps the exponentials in
 # range gives the same result. So the pivot follows the maximum only when some row of the warp has grown by a factor of
-# 2**8 (the idea is FlashAttention-4's); between, the factor of the output is 1 and its multiplications are branched
-# over. All threads of a warp decide alike, and the same way in every run.
+# 2**8 (the idea is FlashAttention-4's). Whether one has, each thread tells from its own columns: only then do the
+# threads of a row exchange their maxima. Else the factor of sums and output is 1, and multiplying is branched over.
+# All threads of a warp decide alike, and the same way in every run.
 
 
 @gluon.jit
-def keep_pivot(old, new, old_log2, new_log2):
-    """`new` if it exceeds `old` by more than 8 in log2 units in any row of the warp, else `old`.
+def follow_maximum(pivot, top):
+    """(pivot, factor for what is relative to the old one); base-2 logits, one value per row and thread of a quad.
 
-    One value per row of a wgmma accumulator: each thread holds two, and -inf - -inf = NaN exceeds nothing.
+    Each thread holds two rows. `top` is its own maximum; pivots are equal in the four threads of a row. A row that has
+    seen no key keeps pivot -inf and factor 1: -inf - -inf = NaN exceeds nothing.
     """
     return gl.inline_asm_elementwise(
-        "{ .reg .pred q; .reg .f32 d; sub.f32 d, $8, $6; setp.gt.f32 q, d, 0f41000000; sub.f32 d, $9, $7;"
-        " setp.gt.or.f32 q, d, 0f41000000, q; vote.sync.any.pred q, q, -1;"
-        " selp.f32 $0, $4, $2, q; selp.f32 $1, $5, $3, q; }",
-        "=&f,=&f,f,f,f,f,f,f,f,f",
-        [old, new, old_log2, new_log2],
-        dtype=gl.float32,
+        "{ .reg .pred q; .reg .f32 a, b, c, d; sub.f32 a, $6, $4; sub.f32 b, $7, $5; max.f32 a, a, b;"
+        " setp.gt.f32 q, a, 0f41000000; vote.sync.any.pred q, q, -1;"
+        " mov.f32 $0, $4; mov.f32 $1, $5; mov.f32 $2, 0f3F800000; mov.f32 $3, 0f3F800000; @!q bra.uni FINE;"
+        " shfl.sync.bfly.b32 a, $6, 1, 31, -1; max.f32 a, a, $6; shfl.sync.bfly.b32 b, $7, 1, 31, -1; max.f32 b, b, $7;"
+        " shfl.sync.bfly.b32 c, a, 2, 31, -1; max.f32 a, a, c; shfl.sync.bfly.b32 d, b, 2, 31, -1; max.f32 b, b, d;"
+        " max.f32 $0, a, $4; sub.f32 a, $4, $0; setp.eq.f32 q, $0, $4; ex2.approx.ftz.f32 a, a;"
+        " selp.f32 $2, 0f3F800000, a, q;"
+        " max.f32 $1, b, $5; sub.f32 b, $5, $1; setp.eq.f32 q, $1, $5; ex2.approx.ftz.f32 b, b;"
+        " selp.f32 $3, 0f3F800000, b, q; FINE: }",
+        "=&f,=&f,=&f,=&f,f,f,f,f",
+        [pivot, top],
+        dtype=(gl.float32, gl.float32),
         is_pure=False,
         pack=2,
     )
@@ -133,7 +141,7 @@ def _in_place(n):
 
 @gluon.jit
 def scale_unless_one(x, factor, N: gl.constexpr):
-    """x * factor for a (64, N) wgmma accumulator and factors constant along its rows, skipped where all are 1.
+    """x * factor for a (64, N) wgmma accumulator as `to_columns` gives it, skipped where the two rows' factors are 1.
 
     Stays behind the products issued before it, and so runs under them: the compiler keeps the order of volatile
     assembly, wgmma included.
