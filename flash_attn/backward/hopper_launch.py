@@ -61,11 +61,6 @@ def supports(problem: Problem) -> str | None:
         (problem.paged, "paged keys have no backward"),
         (problem.leftpad, "left-padded keys"),
         (problem.batch_idx, "cache_batch_idx"),
-        # remove these lines when their tests (`ordered_...` of tests/gpu) have passed on a GPU with today's kernel
-        (
-            problem.deterministic and (features(problem).ragged or problem.left is not None),
-            "deterministic sums of dQ with packed lengths or a window: not yet seen right on a GPU",
-        ),
         (
             problem.deterministic and problem.right is not None and problem.head_dim > 128,
             "deterministic sums of dQ, causal, head dimension above 128: the portable kernels are faster",
