@@ -3,8 +3,11 @@
 Nothing here reads a tensor or checks an argument; the operators do, when they run. Shapes may be symbolic.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from flash_attn import _legacy
 from flash_attn.attention import attention, run_append
@@ -13,9 +16,14 @@ from flash_attn.validate import NEGLIGIBLE_DROPOUT, describe, describe_varlen
 from flash_attn.validate_cache import describe_kvcache
 
 
-def tracing() -> bool:
-    """Whether someone follows this call through the dispatcher instead of just running it."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+def tracing(x: Any) -> bool:
+    """Whether someone follows a call on tensors like `x` through the dispatcher instead of just running it.
+
+    So does the class of a tensor that wraps others (DTensor): it has no memory of its own that a kernel could read.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    return type(x) is not Tensor and is_traceable_wrapper_subclass(x)
 
 
 @torch.library.custom_op("flash_attn::_attention_forward", mutates_args=())

@@ -2,12 +2,13 @@
 
 import importlib.util
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
 from flash_attn import dispatch
@@ -16,6 +17,10 @@ from flash_attn.errors import UnsupportedError
 from flash_attn.problem import Append, Gradients, Operands, Problem
 from flash_attn.tuning import table
 from flash_attn.utils import device
+
+_MAPPED = (
+    "attention cannot be mapped (torch.vmap, is_grads_batched): make the mapped dimension a part of the batch"
+)
 
 
 class _Call(NamedTuple):
@@ -41,10 +46,13 @@ def attention(
         log of the softmax denominator; -inf where a query sees no key (out is 0 there).
 
     Raises:
-        UnsupportedError: no backend can run the problem, or an input carries a forward-mode derivative.
+        UnsupportedError: no backend can run the problem, an input carries a forward-mode derivative, or is vmapped.
     """
     if forward_ad._current_level >= 0:
         _refuse_tangents(ops)
+    transformed = torch._C._are_functorch_transforms_active()
+    if transformed:
+        _refuse_mapped(*ops)
     if problem.dropout_p:
         ops = seeded(problem, ops)
     if new is None and torch.is_grad_enabled():
@@ -56,7 +64,7 @@ def attention(
             call = _Call(problem, ops, dispatch.forced_backend())
             inputs = (q, k, v) if packed is None and sink is None else _inputs(ops, packed)
             # functorch needs setup_context, which makes every eager call 70 us slower (torch 2.13, 2 cores)
-            if torch._C._are_functorch_transforms_active():
+            if transformed:
                 return _TransformableAttention.apply(call, *inputs)
             return _apply(call, *inputs)
     return run_forward(problem, ops, None, new)
@@ -66,6 +74,13 @@ def _refuse_tangents(ops: Operands) -> None:
     for x in (ops.q, ops.k, ops.v, ops.sink):
         if x is not None and forward_ad.unpack_dual(x).tangent is not None:
             raise UnsupportedError("attention has no forward-mode derivative; use the backward (vjp) instead")
+
+
+def _refuse_mapped(*tensors: Tensor | None) -> None:
+    """Kernels see one tensor; torch.vmap and is_grads_batched hand over a pretended part of a larger one."""
+    for x in tensors:
+        if x is not None and (is_batchedtensor(x) or is_legacy_batchedtensor(x)):
+            raise UnsupportedError(_MAPPED)
 
 
 def seeded(problem: Problem, ops: Operands) -> Operands:
@@ -100,6 +115,8 @@ def run_backward(problem: Problem, ops: Operands, out, lse, dout, dlse, into, fo
         return empty.backward(problem, ops, out, lse, dout, dlse, into)
     if dout.stride(-1) != 1:
         dout = dout.contiguous()
+    if not problem.deterministic and torch.are_deterministic_algorithms_enabled():
+        problem = _deterministic(problem)
 
     def call(backend: ModuleType) -> Gradients:
         return backend.backward(problem, ops, out, lse, dout, dlse, into)
@@ -109,6 +126,11 @@ def run_backward(problem: Problem, ops: Operands, out, lse, dout, dlse, into, fo
     return Gradients._make(
         _run("backward", problem, forced, (*ops, *others), (*ops[:3], *others), about, call)
     )
+
+
+@lru_cache(maxsize=1024)  # one object for equal problems: `_run` knows them by id
+def _deterministic(problem: Problem) -> Problem:
+    return problem._replace(deterministic=True)
 
 
 def _run(
@@ -225,6 +247,7 @@ class _Attention(torch.autograd.Function):
     def _gradients(ctx, dout: Tensor | None, dlse: Tensor | None) -> Sequence[Tensor | None]:
         (problem, forced), saved = ctx.call, ctx.saved_tensors
         *inputs, out, lse = saved[:-9]
+        _refuse_mapped(dout, dlse)
         if dout is None:
             dout = torch.zeros_like(out)
         sink = inputs.pop() if problem.sink else None
@@ -272,3 +295,7 @@ class _TransformableAttention(_Attention):
     def setup_context(ctx, inputs, output) -> None:
         call, *tensors = inputs
         _save(ctx, call, tuple(tensors), *output)
+
+    @staticmethod
+    def vmap(info, in_dims, call: _Call, *inputs: Tensor):
+        raise UnsupportedError(_MAPPED)

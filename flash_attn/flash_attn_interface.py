@@ -282,7 +282,7 @@ def flash_attn_with_kvcache(
     Raises: as `flash_attn_func`. Values of cache_seqlens and indices are checked on the CPU, and on a
         GPU with FLASH_ATTN_CHECK=1.
     """
-    if tracing():
+    if tracing(q):
         return _traced.call_kvcache(
             q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad,
             block_table, softmax_scale, causal, window_size, softcap, rotary_interleaved, alibi_slopes, num_splits,
@@ -299,7 +299,7 @@ def flash_attn_with_kvcache(
 
 def _dense(packed: Tensor | None, return_attn_probs: bool, q, k, v, *common) -> Result:
     """A dense call; `common` are the arguments of `describe` from dropout_p to deterministic."""
-    if tracing():
+    if tracing(q):
         return _traced.call(q, k, v, *common, return_attn_probs)  # type: ignore[call-arg]
     problem, ops = describe(q, k, v, *common)
     return _run(problem, ops, return_attn_probs, packed)
@@ -311,7 +311,7 @@ def _varlen(
 ) -> Result:  # fmt: skip
     """A call of packed sequences; `common` are those of `describe_varlen` from dropout_p on."""
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    if tracing():
+    if tracing(q):
         return _traced.call(q, k, v, *common[:7], return_attn_probs, *lengths, *common[7:])  # type: ignore[call-arg]
     problem, ops = describe_varlen(q, k, v, *lengths, *common)
     return _run(problem, ops, return_attn_probs, packed)
@@ -338,7 +338,7 @@ def _unpack(name: str, packed: Any, form: str) -> tuple[Tensor, ...]:
         raise ArgumentTypeError(f"{name} must be a torch.Tensor, got {type(packed).__name__}")
     if packed.ndim != form.count(",") + 1 or packed.shape[-3] != len(name):
         raise ArgumentValueError(f"{name} must have shape {form}, got {tuple(packed.shape)}")
-    if tracing():
+    if tracing(packed):
         return packed, *packed.unbind(-3)
     packed = last_contiguous(name, packed)
     return packed, *packed.detach().unbind(-3)

@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 import flash_attn
 from flash_attn import attention as attention_module
 from flash_attn.attention import attention
+from flash_attn.backends import reference
 from flash_attn.errors import UnsupportedError
 from flash_attn.problem import Gradients
 from flash_attn.reference import attention as oracle
@@ -223,7 +224,6 @@ def test_dropout_backward_has_the_mask_of_its_forward():
 
 def test_a_backend_gets_tensors_to_write_into(monkeypatch):
     """What a backend leaves in `into` is the gradient; its return value is not copied again."""
-    from flash_attn.backends import reference
 
     def backward(problem, ops, out, lse, dout, dlse, into):
         for value, x in enumerate(into):
@@ -234,3 +234,62 @@ def test_a_backend_gets_tensors_to_write_into(monkeypatch):
     inputs = [torch.randn(1, 5, 2, 8).requires_grad_() for _ in range(3)]
     grads = torch.autograd.grad(flash_attn.flash_attn_func(*inputs).sum(), inputs)
     assert [g.unique().tolist() for g in grads] == [[1.0], [2.0], [3.0]]
+
+
+MAPPED = "cannot be mapped .*make the mapped dimension a part of the batch"
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_vmap_is_refused(grad):
+    """On a CPU it ran through torch's decompositions; a kernel would have asked a pretended tensor for its address."""
+    q, k, v = torch.randn(3, 2, 5, 4, 16).unbind(0)
+
+    def one(q, k, v):
+        return flash_attn.flash_attn_func(q[None], k[None], v[None]).sum()
+
+    with pytest.raises(UnsupportedError, match=MAPPED):
+        torch.vmap(torch.func.grad(one) if grad else one)(q, k, v)
+
+
+def test_gradients_of_several_losses_at_once_are_refused():
+    q = torch.randn(2, 5, 4, 16, requires_grad=True)
+    out = flash_attn.flash_attn_func(q, q, q)
+    with pytest.raises(UnsupportedError, match=MAPPED):
+        torch.autograd.grad(out, q, torch.randn(3, *out.shape), is_grads_batched=True)
+
+
+def test_torchs_deterministic_algorithms_make_the_backward_deterministic(monkeypatch):
+    """The switch for a whole program was not asked, only the argument of the call."""
+    seen = []
+
+    def backward(problem, *args):
+        seen.append(problem.deterministic)
+        return real(problem, *args)
+
+    real = reference.backward
+    monkeypatch.setattr(reference, "backward", backward)
+    q = torch.randn(2, 5, 4, 16, requires_grad=True)
+    for switch in (False, True):
+        torch.use_deterministic_algorithms(switch)
+        try:
+            flash_attn.flash_attn_func(q, q, q).sum().backward()
+        finally:
+            torch.use_deterministic_algorithms(False)
+    assert seen == [False, True]
+
+
+def test_a_tensor_that_wraps_others_goes_through_the_dispatcher():
+    """TwoTensor stands for DTensor and its like: their address is 0, and on a GPU a kernel was sent there."""
+    two_tensor = pytest.importorskip("torch.testing._internal.two_tensor").TwoTensor
+    parts = [torch.randn(3, 2, 5, 4, 16) for _ in range(2)]
+    leaves = [two_tensor(a, b).requires_grad_() for a, b in zip(*parts, strict=True)]
+    out = flash_attn.flash_attn_func(*leaves, causal=True)
+    assert type(out) is two_tensor and type(out.grad_fn).__name__ != "_AttentionBackward"
+    out.sum().backward()
+    for i, part in enumerate(parts):
+        q, k, v = (x.clone().requires_grad_() for x in part)
+        want = flash_attn.flash_attn_func(q, k, v, causal=True)
+        want.sum().backward()
+        torch.testing.assert_close((out.a, out.b)[i], want, rtol=0, atol=0)
+        for got, x in zip(leaves, (q, k, v), strict=True):
+            torch.testing.assert_close((got.grad.a, got.grad.b)[i], x.grad, rtol=0, atol=0)

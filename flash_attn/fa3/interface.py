@@ -145,7 +145,7 @@ def flash_attn_qkvpacked_func(
     if not isinstance(qkv, Tensor):
         raise ArgumentTypeError(f"qkv must be a torch.Tensor, got {type(qkv).__name__}")
     if qkv.ndim == 5 and qkv.shape[2] == 3:
-        if not tracing():
+        if not tracing(qkv):
             qkv = last_contiguous("qkv", qkv)
             q, k, v = qkv.detach().unbind(2)
             problem, ops = describe(
@@ -223,7 +223,7 @@ def flash_attn_with_kvcache(
         qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, attention_chunk=attention_chunk,
         cu_seqlens_k_new=cu_seqlens_k_new, rotary_seqlens=rotary_seqlens,
     )  # fmt: skip
-    if tracing():
+    if tracing(q):
         if cu_seqlens_q is not None:
             raise UnsupportedError(
                 "cu_seqlens_q with a cache cannot be traced; call it outside torch.compile or pass q dense"
@@ -291,7 +291,7 @@ def _attend(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k, softmax_scale, causal,
     window_size, softcap, num_splits, deterministic, return_lse,
 ) -> Result:  # fmt: skip
-    if tracing():
+    if tracing(q):
         if deterministic:
             raise UnsupportedError(
                 "deterministic cannot be traced: torch.use_deterministic_algorithms(True) says it to a graph"
