@@ -8,7 +8,7 @@ Common arguments:
     window_size: (left, right) keys seen on each side of that diagonal; -1: all.
     softcap: scores become softcap * tanh(score / softcap); 0: off.
     alibi_slopes: fp32 (H,) or (B, H); adds -slope * |i + N - M - j| to the score.
-    deterministic: make dq bitwise reproducible (dk and dv always are).
+    deterministic: make dq bitwise reproducible (dk and dv always are); so does torch.use_deterministic_algorithms.
     return_attn_probs: also return the lse and, for tests of dropout, the signed probabilities.
 
 Common rules: float16 or bfloat16, and float32; float64 on the CPU. q, k and v have the same dtype and
