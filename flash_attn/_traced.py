@@ -20,10 +20,11 @@ def tracing(x: Any) -> bool:
     """Whether someone follows a call on tensors like `x` through the dispatcher instead of just running it.
 
     So does the class of a tensor that wraps others (DTensor): it has no memory of its own that a kernel could read.
+    A nested tensor does not follow: it is refused as not dense.
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return True
-    return type(x) is not Tensor and is_traceable_wrapper_subclass(x)
+    return type(x) is not Tensor and is_traceable_wrapper_subclass(x) and not x.is_nested
 
 
 @torch.library.custom_op("flash_attn::_attention_forward", mutates_args=())

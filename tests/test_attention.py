@@ -12,7 +12,7 @@ import flash_attn
 from flash_attn import attention as attention_module
 from flash_attn.attention import attention
 from flash_attn.backends import reference
-from flash_attn.errors import UnsupportedError
+from flash_attn.errors import ArgumentTypeError, UnsupportedError
 from flash_attn.problem import Gradients
 from flash_attn.reference import attention as oracle
 
@@ -293,3 +293,9 @@ def test_a_tensor_that_wraps_others_goes_through_the_dispatcher():
         torch.testing.assert_close((out.a, out.b)[i], want, rtol=0, atol=0)
         for got, x in zip(leaves, (q, k, v), strict=True):
             torch.testing.assert_close((got.grad.a, got.grad.b)[i], x.grad, rtol=0, atol=0)
+
+
+def test_a_nested_tensor_is_refused_as_not_dense():
+    rows = torch.nested.nested_tensor([torch.randn(n, 4, 16) for n in (3, 5)], layout=torch.jagged)
+    with pytest.raises(ArgumentTypeError, match="q must be a dense tensor, got .* nested True"):
+        flash_attn.flash_attn_func(rows, rows, rows)
