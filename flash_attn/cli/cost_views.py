@@ -21,6 +21,7 @@ COLOURS = {
     "network": "magenta", "overhead": "blue", "imbalance": "cyan", "launch": "white", "combine": "cyan",
     "latency": "cyan", "pipeline": "cyan",
 }  # fmt: skip
+WIDE = 110  # columns of a terminal that the widest table fits
 BAR = 30
 
 
@@ -64,23 +65,23 @@ def accounts(
     title = (
         f"B {p.batch}, H {p.heads}/{p.kv_heads}, M {p.max_q}, N {p.max_k}, D {p.head_dim}, {mask}, {p.dtype}"
     )
-    table = _table(
-        title,
+    wide = console.width >= WIDE
+    columns = (
         "operations",
-        "mode",
         "Q K^T",
         "P V",
         "softmax",
         "total",
-        "exps",
-        "flash bytes",
-        "standard bytes",
+        *(["exps"] if wide else []),
+        "flash",
+        "standard",
     )
+    table = _table(f"{title}; mode {found[0].mode}", *columns)
     for direction, a in zip(directions, found, strict=True):
         work = count(p, direction)
         table.add_row(
-            direction, a.mode, human(a.logit, a.unit), human(a.attend, a.unit), human(a.softmax_flops, "FLOP"),
-            human(a.flops, "FLOP"), human(work.exps), human(work.flash_bytes, "B", 1024),
+            direction, human(a.logit, a.unit), human(a.attend, a.unit), human(a.softmax_flops, "FLOP"),
+            human(a.flops, "FLOP"), *([human(work.exps)] if wide else []), human(work.flash_bytes, "B", 1024),
             human(work.standard_bytes, "B", 1024),
         )  # fmt: skip
     console.print(table)
@@ -96,25 +97,19 @@ def estimates(
     devices: dict[str, Hardware],
     constant: float,
 ) -> None:
-    table = _table(
-        "predicted time",
-        "device",
-        "kernel",
-        "time",
-        "TFLOP/s",
-        "of peak",
-        "GB/s",
-        "bound",
-        "where the time goes",
-    )
+    wide = console.width >= WIDE
+    columns = ("device", "kernel", "time", "TFLOP/s", "of peak", "GB/s", "bound")
+    table = _table("predicted time", *columns, *(["where the time goes"] if wide else []))
     for e in found:
         peak = devices[e.hardware].matrix_rate(str(problem.dtype).removeprefix("torch."))
         table.add_row(
             e.hardware, f"{e.backend} {e.kind}", human(e.time_s, "s"), f"{e.tflops:.0f}",
             f"{e.tflops * 1e12 / peak:.0%}", f"{e.gbs:.0f}", f"[{COLOURS.get(e.bound, 'white')}]{e.bound}[/]",
-            f"{_bar(_shares(e.parts))}\n{_top(e.parts)}",
+            *([f"{_bar(_shares(e.parts))}\n{_top(e.parts)}"] if wide else []),
         )  # fmt: skip
     console.print(table)
+    for e in found if not wide else ():
+        console.print(f"  {e.hardware} {e.kind}: {_bar(_shares(e.parts))} {_top(e.parts)}")
     for hw in devices.values():
         f = accounting.softmax_factor(problem, hw.matrix_rate("bf16"), hw.exps, constant)
         console.print(

@@ -1,5 +1,7 @@
 """`flash-attn explain`: which backend would run a described problem, and why each other would not."""
 
+import importlib.util
+import sys
 from typing import Annotated
 
 import typer
@@ -8,6 +10,7 @@ from rich.table import Table
 
 from flash_attn import dispatch
 from flash_attn.cli import problem_args as args
+from flash_attn.problem import Problem
 
 
 def register(app: typer.Typer) -> None:
@@ -40,9 +43,22 @@ def register(app: typer.Typer) -> None:
                 alibi=alibi, page_size=page_size, seqused_k=page_size > 0, deterministic=deterministic,
             )  # fmt: skip
             console = Console()
-            console.print(str(problem), highlight=True, soft_wrap=True)
+            console.print(described(problem), highlight=True, soft_wrap=True)
             for direction in dispatch.DIRECTIONS:
                 console.print(render(problem, direction))
+            if kind == "cuda" and importlib.util.find_spec("triton") is None:
+                console.print(
+                    "Without Triton the GPU backends cannot say more. Install it here, no GPU needed: "
+                    f"{sys.executable} -m pip install --constraint constraints.txt triton numpy",
+                    soft_wrap=True,
+                )
+
+
+def described(problem: Problem) -> str:
+    """The problem without what is as it is by default."""
+    usual = Problem._field_defaults
+    given = [f"{name}={value}" for name, value in problem._asdict().items() if value != usual.get(name, ())]
+    return f"Problem({', '.join(given)})"
 
 
 def render(problem, direction: str) -> Table:
