@@ -1,7 +1,7 @@
-"""Calls of clients that go below the public functions: xFormers, Megatron-LM, SGLang's mixture of blocks, Unsloth.
+"""Calls beside the public functions: xFormers, Megatron-LM, SGLang's mixture of blocks, Unsloth, verl and axolotl.
 
-Written down from xformers 0.0.32 and 0.0.35, megatron-core 0.16, sglang 0.5.23 and unsloth 2026.10; they need CUDA to
-be installed or to run.
+Written down from xformers 0.0.32 and 0.0.35, megatron-core 0.16, sglang 0.5.23, unsloth 2026.10, verl 0.9 and axolotl
+0.19; they need CUDA to be installed or to run.
 """
 
 import importlib
@@ -253,3 +253,30 @@ def test_unsloths_probe_of_the_compiled_module():
     assert not hasattr(
         flash_attn.flash_attn_interface, "flash_attn_cuda"
     )  # xFormers would take it for an old one
+
+
+# --- verl and axolotl: the loss on packed logits ---
+
+
+def test_log_probabilities_of_verl_and_the_loss_of_axolotl():
+    from flash_attn.bert_padding import index_first_axis, pad_input, rearrange, unpad_input
+    from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
+
+    assert callable(rearrange)
+    (logits,) = leaves((3, 7, 20), dtype=torch.float32)
+    labels, mask = torch.randint(20, (3, 7)), torch.arange(7) < torch.tensor([7, 2, 5])[:, None]
+    rows, indices, *_ = unpad_input(logits * 1.0, mask)
+    wanted = index_first_axis(labels.flatten()[:, None], indices)[:, 0]
+    result = cross_entropy_loss(rows, wanted, inplace_backward=True)
+    assert isinstance(result, tuple) and len(result) == 2  # verl insists on it
+    got = pad_input(-result[0][:, None], indices, 3, 7)[..., 0]
+    want = logits.log_softmax(-1).gather(-1, labels[..., None])[..., 0] * mask
+    torch.testing.assert_close(got, want)
+    weights = torch.randn_like(got)
+    grads = [torch.autograd.grad((x * weights).sum(), logits, retain_graph=True)[0] for x in (got, want)]
+    torch.testing.assert_close(*grads)
+    target = torch.where(mask, labels, -100).flatten()
+    loss, _ = cross_entropy_loss(logits.flatten(0, 1), target, ignore_index=-100)
+    torch.testing.assert_close(
+        loss.sum() / (target != -100).sum(), torch.nn.functional.cross_entropy(logits.flatten(0, 1), target)
+    )
