@@ -67,7 +67,7 @@ def accounts(
     )
     wide = console.width >= WIDE
     columns = (
-        "operations",
+        "pass",
         "Q K^T",
         "P V",
         "softmax",
