@@ -81,6 +81,14 @@ class TestPlanning:
                 assert all(x >= 1 and x & (x - 1) == 0 for x in config[:3]), (p, config)
                 assert config.block_n >= 16 and (config.block_m >= 16 or dtype == torch.float32), (p, config)
 
+    @pytest.mark.parametrize("page", [0, 16])
+    @pytest.mark.parametrize(
+        "fields, block_n", [({}, 256), (dict(batch=1), 128), (dict(batch=64), 128), (dict(num_splits=1), 128)]
+    )
+    def test_head_dim_64_takes_long_steps_where_a_multiprocessor_has_one_program(self, fields, block_n, page):
+        p = problem(**dict(batch=16, head_dim=64, head_dim_v=64, page_size=page) | fields)
+        assert splits.configs(p, self.H200.shared_memory, 132)[0].block_n == block_n
+
     @pytest.mark.parametrize("batch", [1, 3, 16, 40, 128])
     @pytest.mark.parametrize("max_k", [256, 4096, 131072])
     def test_splits_fill_the_machine_and_no_more(self, batch, max_k):

@@ -1,14 +1,16 @@
 """Tile choice: override, then the nearest measured row, then a rule; all legal on every known device."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 from flash_attn.errors import UnsupportedError
 from flash_attn.problem import Problem
-from flash_attn.tuning import search, table
+from flash_attn.tuning import backward, search, table
 from flash_attn.tuning.config import FwdConfig, fits, pieces, smaller
+from flash_attn.tuning.precision import precision
 from flash_attn.utils import device
 
 BASE = Problem(2, 16, 16, 4096, 4096, 128, 128, torch.bfloat16, device="cuda", scale=0.1)
@@ -28,6 +30,15 @@ def rows(monkeypatch):
 
     yield use
     table._lookup.cache_clear()
+
+
+@pytest.fixture
+def torch_is_set_to():
+    """Change how torch may multiply fp32."""
+    setting = torch.backends.cuda.matmul
+    before = setting.fp32_precision
+    yield lambda asked: setattr(setting, "fp32_precision", asked)
+    setting.fp32_precision = before
 
 
 def choose(problem, name="h200"):
@@ -146,3 +157,27 @@ def test_a_window_and_dropout_have_rows_of_their_own():
         for p in (BASE, BASE._replace(left=9), BASE._replace(right=0), BASE._replace(dropout_p=0.1))
     ]
     assert len({json.dumps(k) for k in keys}) == 4
+
+
+@pytest.mark.parametrize(
+    "gpu, asked, products",
+    [("h200", "none", "tf32x3"), ("h200", "ieee", "ieee"), ("h200", "tf32", "tf32"), ("a100", "none", "tf32x3"),
+     ("t4", "none", "ieee"), (None, "none", "ieee")],
+)  # fmt: skip
+def test_fp32_is_multiplied_as_torch_is_set_to(gpu, asked, products, torch_is_set_to):
+    torch_is_set_to(asked)
+    t4 = device.DeviceInfo("Tesla T4", (7, 5), 40, 64 * 1024)
+    with device.assume(t4 if gpu == "t4" else device.KNOWN[gpu]) if gpu else nullcontext():
+        assert precision(torch.float32) == products
+        assert precision(torch.bfloat16) == "ieee"
+
+
+def test_fp32_has_a_tile_for_each_way_of_multiplying(torch_is_set_to):
+    problem, found = BASE._replace(dtype=torch.float32, head_dim=64, head_dim_v=64), set()
+    for asked in ("none", "ieee", "tf32"):
+        torch_is_set_to(asked)
+        with device.assume(device.KNOWN["h200"]):
+            row = table.nearest(problem, device.KNOWN["h200"])
+            assert row["problem"]["products"] == precision(torch.float32)
+            found.add((table.forward_config(problem), *backward.backward_config(problem)))
+    assert len(found) == 3

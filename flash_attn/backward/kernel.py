@@ -50,7 +50,8 @@ class Tiling(NamedTuple):
     rows_first: (
         bool  # dkdv holds S as rows x keys and gradients as dims x keys; otherwise S^T, and keys x dims
     )
-    precision: str  # of products of fp32: "ieee" or "tf32"
+    precision: str  # of products of fp32: "ieee", "tf32" or "tf32x3"
+    one_loop: bool  # over all tiles, asking each whether it needs the mask; otherwise a loop for each kind
 
 
 @triton.jit
@@ -324,16 +325,15 @@ def attn_bwd_dkdv(
             slope = 0.0
             if F.alibi:
                 slope = tl.load(alibi[0] + b * alibi[1] + head) * LOG2E
-            # A window is short: one loop, which fills its pipeline once. Otherwise a loop without a branch for the
-            # interior pays.
-            for part in tl.static_range(1 if F.left else 2):
+            # One loop fills its pipeline once, which pays where it is short; two have no branch in the interior.
+            for part in tl.static_range(1 if T.one_loop else 2):
                 span = (lo, a, z, hi)
-                if not F.left:
+                if not T.one_loop:
                     span = (lo, a, a, a) if part == 0 else (a, a, hi, hi)
                 dk_acc, dv_acc = _over_rows(
                     dk_acc, dv_acc, k_tile, v_tile, q_at, do_at, q_rows, do_rows, q_strides[1], dout_strides[1],
                     lse2_at, delta_at, c, col_lo, span, M, N, b * sizes[3] + head, factors, slope, band,
-                    rng, threshold, F, 0 if F.left else part + 1, T,
+                    rng, threshold, F, 0 if T.one_loop else part + 1, T,
                 )  # fmt: skip
 
         dk_rows, dv_rows = row_offsets(c, start_k, b, dk_strides), row_offsets(c, start_k, b, dv_strides)
@@ -458,14 +458,14 @@ def attn_bwd_dq(
         k_at = k + b * k_strides[0] + start_k * k_strides[1] + kv_head * k_strides[2]
         v_at = v + b * v_strides[0] + start_k * v_strides[1] + kv_head * v_strides[2]
         acc = _zeros(BLOCK_M, T.d1, T.d2, False)
-        for part in tl.static_range(1 if F.left else 2):  # as in attn_bwd_dkdv
+        for part in tl.static_range(1 if T.one_loop else 2):  # as in attn_bwd_dkdv
             span = (lo, a, z, hi)
-            if not F.left:
+            if not T.one_loop:
                 span = (a, a, z, z) if part == 0 else (z, z, z, hi)
             acc = _over_keys(
                 acc, q_tile, do_tile, k_at, v_at, k_rows, v_rows, k_strides[1], v_strides[1], lse2, delta, r,
                 span, M, N, b * sizes[3] + head, factors, slope, band, rng, threshold,
-                F, 0 if F.left else 2 - part, T,
+                F, 0 if T.one_loop else 2 - part, T,
             )  # fmt: skip
         dq_rows = row_offsets(r, start_q, b, dq_strides)
         _store(dq + head * dq_strides[2], dq_rows, r < owned, acc, factors[2], T.D, T.d1, T.d2, False)

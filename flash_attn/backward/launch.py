@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from flash_attn.backward.kernel import PAD, Features, Tiling, attn_bwd_dkdv, attn_bwd_dq
-from flash_attn.forward.launch import precision
 from flash_attn.problem import Gradients, Operands, Problem
 from flash_attn.reference.dropout import threshold
 from flash_attn.tile.dropout import calls_abreast
 from flash_attn.tile.score import factors
 from flash_attn.tuning.backward import backward_config, cut, smaller
 from flash_attn.tuning.config import BwdConfig
+from flash_attn.tuning.precision import precision
 from flash_attn.utils.launcher import SharedMemoryError, launch
 
 
@@ -112,6 +112,7 @@ def _common(
         d1=d1, d2=d2, v1=v1, v2=v2,
         rows_first=tile.rows_first or features.dropout > 0,  # the keys of a Philox call must lie side by side in a row
         precision=precision(problem.dtype),
+        one_loop=tile.one_loop or problem.left is not None,  # two loops do not know the left edge
     )  # fmt: skip
     return args, dict(F=features, T=tiling)
 

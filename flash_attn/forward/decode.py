@@ -16,6 +16,7 @@ from flash_attn.kvcache import splits
 from flash_attn.problem import Operands, Problem
 from flash_attn.tile import mask, rows, score, softmax
 from flash_attn.tuning.config import FwdConfig
+from flash_attn.tuning.precision import precision
 from flash_attn.utils import device, launcher
 
 sequence, row_offsets, load_rows = rows.sequence, rows.row_offsets, rows.load
@@ -202,6 +203,12 @@ class Prepared(NamedTuple):
 _prepared: dict[Any, Prepared] = {}
 
 
+def features(problem: Problem, config: FwdConfig) -> Any:
+    """As of the other forward; but the tile may have too few rows for a matrix unit, and there is time to multiply."""
+    found = launch.features(problem, config)
+    return found._replace(precision="ieee") if found.precision == "tf32x3" else found
+
+
 def wants(problem: Problem) -> bool:
     """Whether this kernel serves `problem` better than `forward.kernel.attn_fwd`."""
     return splits.wants(problem, device.info())
@@ -217,7 +224,7 @@ def forward(problem: Problem, ops: Operands) -> tuple[Tensor, Tensor]:
         (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15,
         ops.alibi_slopes is not None and ops.alibi_slopes.stride(),
         ops.block_table is not None and ops.block_table.stride(),
-        ops.sink is not None and ops.sink.dtype, launch.precision(problem.dtype),
+        ops.sink is not None and ops.sink.dtype, precision(problem.dtype),
     )  # fmt: skip
     ready = _prepared.get(key)
     if ready is None:
@@ -336,7 +343,7 @@ def fix(problem: Problem, ops: Operands, out: Tensor, lse: Tensor, config: FwdCo
         ),
         slope_stride=0 if slopes is None or slopes.dim() == 1 else slopes.stride(0),
         constants=dict(
-            F=launch.features(problem, config), SPLIT=spans > 1, GROUP=problem.group,
+            F=features(problem, config), SPLIT=spans > 1, GROUP=problem.group,
             PAGE=page, ALIGNED=aligned, TWINS=not page and launch.strides(ops.k) == launch.strides(ops.v),
             D=problem.head_dim, DV=problem.head_dim_v, BLOCK_D=block_d, BLOCK_DV=block_dv,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, STAGES=config.num_stages,

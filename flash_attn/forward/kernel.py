@@ -60,6 +60,8 @@ def _over_keys(
             k_off = key_offsets(cols, valid, start_k, b_k, k_strides, paging)
             v_off = key_offsets(cols, valid, start_k, b_k, v_strides, paging)
         k_tile = load_rows(k, k_off, valid, dims, D, BLOCK_D <= D, MASKED)
+        if F.dropout and D <= 64:  # under the product of the last tile; with more columns it costs registers
+            kept = keep_tile(rng, bh, q_rows, n, threshold, BLOCK_N, F)
         x = tl.dot(q_tile, tl.trans(k_tile), input_precision=F.precision)  # [BLOCK_M, BLOCK_N] fp32
         if D > BLOCK_D:
             k_tile2 = load_rows(k, k_off, valid, dims2, D, BLOCK_D + BLOCK_D2 <= D, MASKED)
@@ -74,7 +76,9 @@ def _over_keys(
                 x = tl.where(keep(q_rows[:, None], cols[None, :], M, N, band, F), x, float("-inf"))
         m, l, p, rescale = update(m, l, x, outer, MASKED)
         if F.dropout:
-            p = dropped(p, keep_tile(rng, bh, q_rows, n, threshold, BLOCK_N, F), threshold)
+            if D > 64:
+                kept = keep_tile(rng, bh, q_rows, n, threshold, BLOCK_N, F)
+            p = dropped(p, kept, threshold)
         v_tile = load_rows(v, v_off, valid, dims_v, DV, BLOCK_DV <= DV, MASKED)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * rescale[:, None], input_precision=F.precision)
         if DV > BLOCK_DV:

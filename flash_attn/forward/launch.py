@@ -12,6 +12,7 @@ from flash_attn.tile.dropout import calls_abreast
 from flash_attn.tile.score import factors
 from flash_attn.tuning import table
 from flash_attn.tuning.config import FwdConfig, pieces, smaller
+from flash_attn.tuning.precision import precision
 from flash_attn.utils import launcher
 
 L2_BYTES = 16 * 2**20  # keys and values that a section of heads may occupy: well below any data-centre L2
@@ -209,13 +210,6 @@ def features(problem: Problem, config: FwdConfig) -> Features:
         page_tiles=problem.paged and not problem.leftpad and problem.page_size % config.block_n == 0,
         precision=precision(problem.dtype),
     )
-
-
-def precision(dtype: torch.dtype) -> str:
-    """How fp32 is multiplied: exactly, unless `torch.set_float32_matmul_precision` or its like allows tf32."""
-    if dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
-        return "tf32"
-    return "ieee"
 
 
 def head_dims(problem: Problem) -> dict[str, int]:

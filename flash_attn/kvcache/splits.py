@@ -60,6 +60,9 @@ def configs(problem: Problem, shared_memory: int, multiprocessors: int) -> tuple
         first = (large, 3)
     elif share > 1:
         first = (large, 2)
+    elif share * problem.max_k >= 2048 and 2 * large * (d + dv) * itemsize <= TILE_BYTES and itemsize < 4:
+        # short rows, many steps, and no other program that hides the latency of one
+        first = (2 * large, 3)
     elif problem.paged:
         first = (large, 4 if share * problem.max_k >= 2048 and not wide else 3)
     elif small < 64 or (problem.head_dim + problem.head_dim_v) * itemsize * small < TILE_BYTES // 2:
@@ -67,9 +70,9 @@ def configs(problem: Problem, shared_memory: int, multiprocessors: int) -> tuple
         first = (large, 4 if (d + dv) * itemsize * large <= TILE_BYTES // 2 else 3)
     else:
         first = (small, 4)
-    warps = 8 if block_m * dv > 64 * 128 or wide else 4
     found = []
     for block_n, stages in (first, (large, 3), (small, 3), (small, 2), (16, 2), (16, 1)):
+        warps = 8 if block_m * dv > 64 * 128 or wide or block_n > large else 4
         used = max(stages - 1, 1) * block_n * (d + dv) + block_m * (d + block_n)
         if used * itemsize <= shared_memory or stages == 1:
             found.append(FwdConfig(block_m, block_n, warps, stages))

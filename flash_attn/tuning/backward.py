@@ -6,6 +6,7 @@ from functools import lru_cache
 
 from flash_attn.problem import Problem
 from flash_attn.tuning.config import BwdConfig
+from flash_attn.tuning.precision import precision
 from flash_attn.tuning.table import nearest
 from flash_attn.utils import device as devices
 from flash_attn.utils.device import DeviceInfo
@@ -28,7 +29,7 @@ def backward_config(problem: Problem) -> tuple[BwdConfig, BwdConfig]:
     """(tile of attn_bwd_dkdv, tile of attn_bwd_dq) on the current device."""
     if _override is not None:
         return _override
-    return _lookup(problem._replace(batch=0, scale=0.0), devices.info())
+    return _lookup(problem._replace(batch=0, scale=0.0), devices.info(), precision(problem.dtype))
 
 
 def cut(dim: int) -> tuple[int, int]:
@@ -79,11 +80,11 @@ def _fit(config: BwdConfig, problem: Problem, device: DeviceInfo, direction: str
 
 
 @lru_cache(maxsize=4096)
-def _lookup(problem: Problem, device: DeviceInfo | None) -> tuple[BwdConfig, BwdConfig]:
+def _lookup(problem: Problem, device: DeviceInfo | None, products: str) -> tuple[BwdConfig, BwdConfig]:
     if device is None:
         return BwdConfig(16, 16, 4, 1), BwdConfig(16, 16, 4, 1)  # the interpreter
     found = []
-    for direction, guess in zip(("dkdv", "dq"), rule(problem, device), strict=True):
+    for direction, guess in zip(("dkdv", "dq"), rule(problem, device, products), strict=True):
         row = nearest(problem, device, direction)
         found.append(_fit(guess if row is None else BwdConfig(**row["config"]), problem, device, direction))
     dkdv, dq = found
@@ -91,11 +92,13 @@ def _lookup(problem: Problem, device: DeviceInfo | None) -> tuple[BwdConfig, Bwd
     return dkdv._replace(block_m=min(dkdv.block_m, dq.block_m)), dq
 
 
-def rule(problem: Problem, device: DeviceInfo) -> tuple[BwdConfig, BwdConfig]:
-    """Tiles for what was never measured."""
+def rule(problem: Problem, device: DeviceInfo, products: str = "ieee") -> tuple[BwdConfig, BwdConfig]:
+    """Tiles for what was never measured; `products` is `precision(problem.dtype)`."""
     D = max(sum(cut(problem.head_dim)), sum(cut(problem.head_dim_v)))
     if problem.dtype.itemsize == 4:
-        # no matrix unit takes ieee fp32: the operands of a product live in registers
+        if D <= 64 and products != "ieee":
+            return BwdConfig(32, 64, 4, 2), BwdConfig(64, 64, 4, 1)
+        # the operands of a product live in registers: no matrix unit takes ieee fp32, and tf32 is split there
         side = 32 if D <= 128 else 16
         return BwdConfig(side, side, 4, 1), BwdConfig(side, side, 4, 1)
     if D <= 64:

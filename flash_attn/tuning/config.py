@@ -24,6 +24,7 @@ class BwdConfig(NamedTuple):
     num_warps: int
     num_stages: int
     rows_first: bool = False  # dK/dV only: hold the scores as rows x keys, not keys x rows
+    one_loop: bool = False  # over masked and whole tiles alike; with a window always
 
 
 def pieces(dim: int) -> tuple[int, int]:

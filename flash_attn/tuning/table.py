@@ -8,8 +8,11 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from flash_attn.problem import Problem
 from flash_attn.tuning.config import FwdConfig, fits, padded, smaller
+from flash_attn.tuning.precision import precision
 from flash_attn.utils import device as devices
 from flash_attn.utils.device import DeviceInfo
 
@@ -31,7 +34,7 @@ def forward_config(problem: Problem) -> FwdConfig:
     """The tile sizes of a forward on the current device."""
     if _override is not None:
         return _override
-    return _lookup(problem._replace(batch=0, scale=0.0), devices.info())
+    return _lookup(problem._replace(batch=0, scale=0.0), devices.info(), precision(problem.dtype))
 
 
 def overridden() -> FwdConfig | None:
@@ -39,15 +42,16 @@ def overridden() -> FwdConfig | None:
 
 
 @lru_cache(maxsize=4096)
-def _lookup(problem: Problem, device: DeviceInfo | None) -> FwdConfig:
+def _lookup(problem: Problem, device: DeviceInfo | None, products: str) -> FwdConfig:
     if device is None:
         return FwdConfig(16, 16, 4, 1)  # the interpreter
     row = nearest(problem, device)
-    config = rule(problem, device) if row is None else FwdConfig(**row["config"])
+    config = rule(problem, device, products) if row is None else FwdConfig(**row["config"])
     while not fits(config, problem, device):
-        config = smaller(config) or config
-        if config == smaller(config):
+        less = smaller(config)
+        if less is None:
             break
+        config = less
     return config
 
 
@@ -71,7 +75,7 @@ def describe(problem: Problem) -> dict[str, Any]:
         dropout=problem.dropout_p > 0,
         max_q=problem.max_q,
         max_k=problem.max_k,
-    )
+    ) | (dict(products=precision(problem.dtype)) if problem.dtype is torch.float32 else {})
 
 
 def nearest(problem: Problem, device: DeviceInfo, direction: str = "forward") -> dict[str, Any] | None:
@@ -86,6 +90,8 @@ def nearest(problem: Problem, device: DeviceInfo, direction: str = "forward") ->
             continue
         if (key["dtype"] == "float32") != (want["dtype"] == "float32"):
             continue
+        if key.get("products") != want.get("products"):
+            continue
         distance = 10.0 * (key["dropout"] != want["dropout"]) + 5.0 * (key["mask"] != want["mask"])
         for size in ("max_q", "max_k"):
             distance += abs(math.log2(max(key[size], 1)) - math.log2(max(want[size], 1)))
@@ -94,12 +100,15 @@ def nearest(problem: Problem, device: DeviceInfo, direction: str = "forward") ->
     return best
 
 
-def rule(problem: Problem, device: DeviceInfo) -> FwdConfig:
-    """Tiles for what was never measured."""
+def rule(problem: Problem, device: DeviceInfo, products: str = "ieee") -> FwdConfig:
+    """Tiles for what was never measured; `products` is `precision(problem.dtype)`."""
     D = max(padded(problem.head_dim), padded(problem.head_dim_v))
     if problem.dtype.itemsize == 4:
-        # no matrix unit takes ieee fp32: the operands of a product live in registers
-        return FwdConfig(32, 32, 4, 1) if D <= 128 else FwdConfig(16, 16, 4, 1)
+        if D > 128:
+            return FwdConfig(16, 16, 4, 1)
+        if products == "ieee":  # no matrix unit takes it: the operands of a product live in registers
+            return FwdConfig(64, 64, 4 if D <= 64 else 8, 1)
+        return FwdConfig(128, 64 if D <= 64 else 32, 8, 2)
     block_m = 128 if problem.max_q > 64 else 64
     if D <= 64:
         return FwdConfig(block_m, 64, 4, 3)

@@ -123,15 +123,17 @@ def test_runs_on_the_current_stream_and_in_a_graph():
 def test_float32_follows_the_precision_that_torch_is_set_to():
     problem, ops, *_ = build(next(c for c in CASES if c.id == "fp32"), "cuda")
     want, _ = attention.forward(problem, ops)
-    exact, _ = launch.forward(problem, ops)
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    setting = torch.backends.cuda.matmul
+    before, errors = setting.fp32_precision, {}
     try:
-        rough, _ = launch.forward(problem, ops)
+        for asked in ("none", "ieee", "tf32"):
+            setting.fp32_precision = asked
+            out, _ = launch.forward(problem, ops)
+            errors[asked] = ((out.double() - want).norm() / want.norm()).item()
     finally:
-        torch.backends.cuda.matmul.fp32_precision = before
-    errors = [((x.double() - want).norm() / want.norm()).item() for x in (exact, rough)]
-    assert errors[0] < 1e-6 < 1e-5 < errors[1] < 2e-3
+        setting.fp32_precision = before
+    assert max(errors["none"], errors["ieee"]) < 1e-6 < 1e-5 < errors["tf32"] < 2e-3
+    assert errors["none"] != errors["ieee"]
 
 
 def test_a_tile_too_large_for_the_device_is_replaced():

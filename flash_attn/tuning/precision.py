@@ -1,0 +1,22 @@
+"""How the kernels multiply numbers of fp32."""
+
+import torch
+
+from flash_attn.utils import device as devices
+
+
+def precision(dtype: torch.dtype) -> str:
+    """What `tl.dot` is told: "ieee", "tf32" or "tf32x3"; 16-bit inputs have one way only, called "ieee".
+
+    `torch.backends.cuda.matmul.fp32_precision` decides: "tf32" allows 11 bits of each factor, "ieee" (which
+    `torch.set_float32_matmul_precision("highest")` sets) means fp32 multiplications. Torch starts with neither: then
+    matrix units with tf32 multiply the high and low halves of both factors, which is no less accurate than fp32
+    (docs/perf/triton-forward.md) and what PyTorch's own fp32 attention does.
+    """
+    if dtype is not torch.float32:
+        return "ieee"
+    asked = torch.backends.cuda.matmul.fp32_precision
+    if asked in ("tf32", "ieee"):
+        return asked
+    found = devices.info()
+    return "ieee" if found is None or found.hip or found.capability < (8, 0) else "tf32x3"
