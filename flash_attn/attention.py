@@ -250,6 +250,8 @@ class _Attention(torch.autograd.Function):
         _refuse_mapped(dout, dlse)
         if dout is None:
             dout = torch.zeros_like(out)
+        elif dout.is_neg():  # of an imaginary part: see `validate.last_contiguous`
+            dout = dout.resolve_neg()
         sink = inputs.pop() if problem.sink else None
         grads = [torch.empty_like(x) for x in inputs]
         q, k, v = _views(inputs)

@@ -77,9 +77,9 @@ def describe(
         alibi_slopes = last_contiguous("alibi_slopes", alibi_slopes)
     # The test of `last_contiguous` is repeated here, and the fields are given by position: half a microsecond each.
     ops = Operands(
-        q if q.is_contiguous() else last_contiguous("q", q),
-        k if k.is_contiguous() else last_contiguous("k", k),
-        v if v.is_contiguous() else last_contiguous("v", v),
+        q if q.is_contiguous() and not q.is_neg() else last_contiguous("q", q),
+        k if k.is_contiguous() and not k.is_neg() else last_contiguous("k", k),
+        v if v.is_contiguous() and not v.is_neg() else last_contiguous("v", v),
         None, None, None, None, None, None, None, alibi_slopes, sink,
     )  # fmt: skip
     return problem, ops
@@ -169,9 +169,9 @@ def describe_varlen(
     if alibi_slopes is not None:
         alibi_slopes = last_contiguous("alibi_slopes", alibi_slopes)
     ops = Operands(  # as in `describe`
-        q if q.is_contiguous() else last_contiguous("q", q),
-        k if k.is_contiguous() else last_contiguous("k", k),
-        v if v.is_contiguous() else last_contiguous("v", v),
+        q if q.is_contiguous() and not q.is_neg() else last_contiguous("q", q),
+        k if k.is_contiguous() and not k.is_neg() else last_contiguous("k", k),
+        v if v.is_contiguous() and not v.is_neg() else last_contiguous("v", v),
         contiguous(cu_seqlens_q), contiguous(cu_seqlens_k) if problem.varlen_k else None,
         seqused_q if seqused_q is None else contiguous(seqused_q),
         seqused_k if seqused_k is None else contiguous(seqused_k),
@@ -310,11 +310,12 @@ def meta(x: Tensor) -> tuple:
 
 
 def last_contiguous(name: str, x: Tensor) -> Tensor:
-    """x, or a copy of it when its last dimension is strided."""
-    if x.is_contiguous() or x.stride(-1) == 1:
+    """x, or a copy of it when its last dimension is strided or its negation is put off (the imaginary part of a
+    conjugate): a kernel sees the memory only."""
+    if (x.is_contiguous() or x.stride(-1) == 1) and not x.is_neg():
         return x
     check_dense(name, x)  # a sparse tensor may look like a remembered dense one
-    return x.contiguous()
+    return x.resolve_neg().contiguous()
 
 
 def check_dense(name: str, x: Tensor) -> None:

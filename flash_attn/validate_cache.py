@@ -103,7 +103,8 @@ def describe_kvcache(
             last_contiguous("k", k), last_contiguous("v", v), cos, sin, bool(rotary_interleaved), lengths
         )
     ops = Operands(  # by position, which costs half a microsecond less
-        q if q.is_contiguous() else last_contiguous("q", q), k_cache, v_cache, None, None, None, lengths,
+        q if q.is_contiguous() and not q.is_neg() else last_contiguous("q", q),
+        k_cache, v_cache, None, None, None, lengths,
         cache_leftpad if cache_leftpad is None else contiguous(cache_leftpad),
         block_table if block_table is None else last_contiguous("block_table", block_table),
         cache_batch_idx if cache_batch_idx is None else contiguous(cache_batch_idx),

@@ -268,6 +268,23 @@ def test_what_is_missing_is_refused_by_name(name):
             call(**{name: REFUSED[name]})
 
 
+def test_rotary_positions_may_be_said_to_be_those_of_the_cache():
+    """FlashAttention-3's own tests say so in every call."""
+    q, new, used = (
+        torch.randn(2, 1, 4, 16),
+        torch.randn(2, 1, 2, 16),
+        torch.tensor([5, 20], dtype=torch.int32),
+    )
+    tables = dict(rotary_cos=torch.rand(30, 8), rotary_sin=torch.rand(30, 8))
+    mine = cache()
+    theirs = [t.clone() for t in mine]
+    got, want = (
+        fa3.flash_attn_with_kvcache(q, *kv, new, new, cache_seqlens=used, rotary_seqlens=positions, **tables)
+        for kv, positions in ((mine, used), (theirs, None))
+    )
+    same([got, *mine], [want, *theirs])
+
+
 def test_errors_of_a_cache_call_name_its_arguments():
     """A call that appends nothing was told about k and seqused_k, which it had not passed."""
     q, cache = torch.randn(2, 1, 4, 8), torch.randn(2, 6, 2, 8)

@@ -245,6 +245,17 @@ def test_a_strided_last_dimension_is_copied_and_other_strides_are_kept():
     assert ops.k is swapped
 
 
+def test_a_negation_that_was_put_off_is_done():
+    """The imaginary part of a conjugate is its memory with a sign that only torch knows of; a kernel took it plain."""
+    parts = [torch.randn(2, 5, 4, 16) for _ in range(3)]
+    lazy = [torch.complex(x, x).conj().imag for x in parts]
+    assert all(x.is_neg() for x in lazy)
+    for tensors in (lazy, [torch._neg_view(x) for x in parts]):
+        ops = describe(*tensors)[1]
+        for x, want in zip(ops[:3], parts, strict=True):
+            assert not x.is_neg() and torch.equal(x, -want)
+
+
 def test_strided_index_tensors_are_copied():
     kwargs = valid("flash_attn_varlen_func")
     cu = torch.stack([kwargs["cu_seqlens_q"]] * 2, 1)[:, 0]

@@ -219,6 +219,8 @@ def flash_attn_with_kvcache(
 
     Raises: as `flash_attn_func`.
     """
+    if rotary_seqlens is cache_seqlens:
+        rotary_seqlens = None  # what is done anyway
     refuse(
         qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, attention_chunk=attention_chunk,
         cu_seqlens_k_new=cu_seqlens_k_new, rotary_seqlens=rotary_seqlens,
