@@ -125,7 +125,10 @@ def grade(answers: ModuleType) -> dict[str, str]:
             results[name] = "not started"
         except Exception as error:  # whatever a learner's code raises is the answer to show
             where = traceback.extract_tb(error.__traceback__)[-1]
-            results[name] = f"{type(error).__name__}: {str(error).strip() or where.line}".splitlines()[0]
+            lines = [line for line in str(error).splitlines() if line.strip()] or [where.line or ""]
+            results[name] = (
+                f"{type(error).__name__}: {' '.join(lines[:3])}"  # of tensors: how many differ, how much
+            )
     return results
 
 
