@@ -106,7 +106,7 @@ def rotary(problem, ops):
             CONJUGATE=interleaved, BLOCK_H=2, BLOCK_M=8, BLOCK_K=64,
         )  # fmt: skip
         args = (
-            ops.q, ops.q, cos, cos, None, offsets, problem.max_q, problem.heads, problem.max_q, *strides, *strides
+            ops.q, ops.q, cos, cos, None, offsets, problem.max_q, problem.heads, problem.max_q, 1, *strides, *strides
         )  # fmt: skip
         yield Launch(rotary_kernel, (1, 1, 1), args, constants, 4, 2)
 

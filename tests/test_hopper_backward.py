@@ -59,6 +59,7 @@ def test_runs_what_it_was_built_for():
         (dict(batch_idx=(1, 0)), "cache_batch_idx"),
         (dict(scale=-1.0), "positive"),
         (dict(max_q=0), "no queries"),
+        (dict(batch=70_000), "65535"),
         (dict(deterministic=True, causal=True, head_dim=256), "portable"),
     ],
 )

@@ -55,6 +55,7 @@ def supports(problem: Problem) -> str | None:
             "head dimension of at most 32 wastes half of a 64-wide tile",
         ),
         (problem.max_q == 0 or problem.max_k == 0, "no queries or no keys"),
+        (problem.batch > 65535, "more than 65535 sequences (a dimension of a grid)"),
         (problem.scale <= 0, "softmax scale not positive (masking multiplies -inf by it)"),
         (problem.dropout_p > 0, "dropout"),
         (problem.alibi, "ALiBi"),

@@ -20,19 +20,21 @@ def rotate(x, partner, cos, sin):
 
 # Not specialised on lengths: a new one compiles nothing. Strides are single numbers because torch.compile, which takes
 # this kernel apart, knows no tuples (torch 2.11).
-@triton.jit(do_not_specialize=["seqlen", "nheads", "seqlen_ro", "seqlen_offsets"])
+@triton.jit(do_not_specialize=["seqlen", "nheads", "seqlen_ro", "seqlen_offsets", "row_blocks"])
 def rotary_kernel(
-    out, x, cos, sin, cu_seqlens, seqlen_offsets, seqlen, nheads, seqlen_ro,
+    out, x, cos, sin, cu_seqlens, seqlen_offsets, seqlen, nheads, seqlen_ro, row_blocks,
     out_batch_stride, out_seq_stride, out_head_stride, x_batch_stride, x_seq_stride, x_head_stride,
     ROTARY_HALF: tl.constexpr, PER_SEQUENCE_OFFSETS: tl.constexpr, INTERLEAVED: tl.constexpr,
     CONJUGATE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Rotate BLOCK_M rows of BLOCK_H heads of one sequence. Grid: (row blocks, head blocks, batch).
+    """Rotate BLOCK_M rows of BLOCK_H heads of one sequence. Grid: (row_blocks * batch, head blocks), as only the first
+    dimension of a grid may pass 65535.
 
     A program reads both elements of every pair before it writes them, and no other program touches them, so `out` may
     be `x`.
     """
-    row_block, head_block, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    b = tl.program_id(0) // row_blocks
+    row_block, head_block = tl.program_id(0) - b * row_blocks, tl.program_id(1)
     start = 0
     if cu_seqlens is not None:
         start = tl.load(cu_seqlens + b)
@@ -120,11 +122,13 @@ def apply_rotary(
     half = rotary_dim // 2
     block_k = max(triton.next_power_of_2(half), 2)
     block_m, block_h = max(1, min(16, 1024 // block_k)), 2
-    grid = (triton.cdiv(seqlen, block_m), triton.cdiv(nheads, block_h), batch)
+    row_blocks = triton.cdiv(seqlen, block_m)
+    grid = (row_blocks * batch, triton.cdiv(nheads, block_h), 1)
     # the launch goes to the current device, which need not be that of x
     with torch.cuda.device_of(x):
         rotary_kernel[grid](
-            out, x, cos, sin, cu_seqlens, seqlen_offsets, seqlen, nheads, cos.shape[0], *out_strides, *x_strides,
+            out, x, cos, sin, cu_seqlens, seqlen_offsets, seqlen, nheads, cos.shape[0], row_blocks,
+            *out_strides, *x_strides,
             ROTARY_HALF=half, PER_SEQUENCE_OFFSETS=per_sequence, INTERLEAVED=interleaved, CONJUGATE=conjugate,
             BLOCK_H=block_h, BLOCK_M=block_m, BLOCK_K=block_k,
         )  # fmt: skip
