@@ -1,10 +1,9 @@
 """attention(problem, operands): the one place where autograd meets a backend."""
 
-import importlib.util
 from collections.abc import Callable, Sequence
-from functools import cache, lru_cache
+from functools import lru_cache
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +14,9 @@ from flash_attn import dispatch
 from flash_attn.backends import empty
 from flash_attn.errors import UnsupportedError
 from flash_attn.problem import Append, Gradients, Operands, Problem
-from flash_attn.tuning import table
-from flash_attn.utils import device
+from flash_attn.tuning import backward, table
+from flash_attn.tuning.precision import precision
+from flash_attn.utils import device, replay
 
 _MAPPED = (
     "attention cannot be mapped (torch.vmap, is_grads_batched): make the mapped dimension a part of the batch"
@@ -94,38 +94,59 @@ def run_forward(
     problem: Problem, ops: Operands, forced: str | None = None, new: Append | None = None
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) on the chosen backend, outside autograd, with the device of q current; `new` is stored first."""
-    if not (ops.q.numel() and ops.k.numel()):
+    q, k, v = ops[:3]
+    # A key says all that decides what is launched but addresses. The problem says its numbers, and which tensors there
+    # are; by id, since hashing its fields takes longer than all else here. The recording keeps it alive.
+    key: tuple = (
+        "forward", id(problem), q.get_device(), forced or dispatch.forced_backend(), device.assumed(),
+        table.overridden(), problem.dtype is torch.float32 and precision(problem.dtype), q.shape, k.shape,
+        q.is_contiguous() or q.stride(), k.is_contiguous() or k.stride(), v.is_contiguous() or v.stride(),
+    )  # fmt: skip
+    tensors: tuple[Tensor | None, ...] = ops
+    if problem.alibi or problem.page_size or problem.sink:
+        key += _meta(ops.alibi_slopes), _meta(ops.block_table), _meta(ops.sink)
+    if new is not None:
+        key += _meta(new.k), _meta(new.v), _meta(new.rotary_cos), new.interleaved
+        tensors = (*ops, new.k, new.v, new.rotary_cos, new.rotary_sin, new.cache_seqlens)
+    found = replay.find(key)
+    results = None if found is None else found.repeat(tensors)
+    if results is not None:
+        out, lse = results
+        return out, lse  # type: ignore[return-value]  # neither is None
+    if not (q.numel() and k.numel()):
         return empty.forward(problem, ops if new is None else run_append(problem, ops, new))
 
     def call(backend: ModuleType) -> tuple[Tensor, Tensor]:
         return backend.forward(problem, ops if new is None else run_append(problem, ops, new))
 
-    tensors: tuple[Tensor | None, ...] = ops
-    about: tuple = _meta(ops.alibi_slopes), _meta(ops.block_table), _meta(ops.sink)
-    if new is not None:
-        tensors = (*ops, new.k, new.v, new.rotary_cos, new.rotary_sin, new.cache_seqlens)
-        about += _meta(new.k), _meta(new.v), _meta(new.rotary_cos), new.interleaved
-    out, lse = _run("forward", problem, forced, tensors, ops[:3], about, call)
-    return out, lse  # type: ignore[return-value]  # a forward has no None among its results
+    return _run("forward", problem, q.get_device(), forced, key, tensors, call)
 
 
 def run_backward(problem: Problem, ops: Operands, out, lse, dout, dlse, into, forced: str | None = None):
     """Gradients on the chosen backend; `into` holds tensors (or None) to write dq, dk and dv into."""
-    if not (ops.q.numel() and ops.k.numel()):
-        return empty.backward(problem, ops, out, lse, dout, dlse, into)
-    if dout.stride(-1) != 1:
-        dout = dout.contiguous()
     if not problem.deterministic and torch.are_deterministic_algorithms_enabled():
         problem = _deterministic(problem)
+    q, k, v = ops[:3]
+    strided = (q, k, v, out, lse, dout, dlse, *into)
+    key = (
+        "backward", id(problem), q.get_device(), forced or dispatch.forced_backend(), device.assumed(),
+        backward.overridden(), problem.dtype is torch.float32 and precision(problem.dtype), q.shape, k.shape,
+        problem.alibi and _meta(ops.alibi_slopes),
+        *[x if x is None else x.is_contiguous() or x.stride() for x in strided],
+    )  # fmt: skip
+    tensors = (*ops, out, lse, dout, dlse, *into)
+    found = replay.find(key)
+    results = None if found is None else found.repeat(tensors)
+    if results is not None:
+        return Gradients._make(results)
+    if not (q.numel() and k.numel()):
+        return empty.backward(problem, ops, out, lse, dout, dlse, into)
 
     def call(backend: ModuleType) -> Gradients:
-        return backend.backward(problem, ops, out, lse, dout, dlse, into)
+        rows = dout if dout.stride(-1) == 1 else dout.contiguous()
+        return backend.backward(problem, ops, out, lse, rows, dlse, into)
 
-    others = (out, lse, dout, dlse, *into)
-    about = (_meta(ops.alibi_slopes),)
-    return Gradients._make(
-        _run("backward", problem, forced, (*ops, *others), (*ops[:3], *others), about, call)
-    )
+    return _run("backward", problem, q.get_device(), forced, key, tensors, call)
 
 
 @lru_cache(maxsize=1024)  # one object for equal problems: `_run` knows them by id
@@ -134,46 +155,17 @@ def _deterministic(problem: Problem) -> Problem:
 
 
 def _run(
-    direction: str, problem: Problem, forced: str | None, tensors: Sequence[Tensor | None],
-    strided: Sequence[Tensor | None], about: tuple, call: Callable[[ModuleType], Sequence[Tensor | None]],
-) -> Sequence[Tensor | None]:  # fmt: skip
-    """call(backend), or on a GPU what an equal call launched, once more.
-
-    Args:
-        tensors: all that the call reads or writes, q and k first. strided: those of them whose strides matter and
-            whose shape follows from `problem` and the shapes of q and k. about: whatever else decides what is launched.
-    """
-    q, k = tensors[:2]
-    assert q is not None and k is not None
-    index = q.get_device()
-    if elsewhere(problem, index):
+    direction: str, problem: Problem, index: int, forced: str | None, key: tuple, tensors: Sequence[Tensor | None],
+    call: Callable[[ModuleType], Any],
+) -> Any:  # fmt: skip
+    """call(backend) with GPU `index` current; a backend that allows it is recorded, to be repeated for `key`."""
+    if problem.device == "cuda" and index != torch.cuda.current_device():
         with torch.cuda.device(index):
-            return _run(direction, problem, forced, tensors, strided, about, call)
-    repeats = None if problem.device == "cpu" else _replay()
-    if repeats is None:
-        return call(dispatch.select(problem, direction, index, forced))
-    # The problem says its numbers, and which tensors there are; by id, since hashing its fields takes longer than all
-    # else here. The recording keeps it alive.
-    key = (
-        direction, id(problem), index, forced or dispatch.forced_backend(), device.assumed(), table.overridden(),
-        problem.dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision, q.shape, k.shape, about,
-        *[x if x is None else x.is_contiguous() or x.stride() for x in strided],
-    )  # fmt: skip
-    found = repeats.find(key)
-    if found is not None:
-        results = found.repeat(tensors)
-        if results is not None:
-            return results
+            return _run(direction, problem, index, forced, key, tensors, call)
     backend = dispatch.select(problem, direction, index, forced)
-    if not getattr(backend, "REPEATABLE", False):
+    if problem.device == "cpu" or not getattr(backend, "REPEATABLE", False):
         return call(backend)
-    return repeats.record(key, tensors, lambda: call(backend), problem)
-
-
-@cache
-def _replay() -> ModuleType | None:
-    """`utils.replay`, or None without Triton."""
-    return importlib.import_module("flash_attn.utils.replay") if importlib.util.find_spec("triton") else None
+    return replay.record(key, tensors, lambda: call(backend), problem)
 
 
 def _meta(x: Tensor | None) -> tuple | None:
@@ -185,16 +177,11 @@ def run_append(problem: Problem, ops: Operands, new: Append) -> Operands:
     from flash_attn.kvcache.append import append
 
     index = ops.q.get_device()
-    if elsewhere(problem, index):
+    if problem.device == "cuda" and index != torch.cuda.current_device():
         with torch.cuda.device(index):
             return run_append(problem, ops, new)
     q, seqused_k = append(problem, ops, new)
     return ops._replace(q=q, seqused_k=seqused_k)
-
-
-def elsewhere(problem: Problem, index: int) -> bool:
-    """Whether `problem` is on another GPU than the current one, on which kernels launch."""
-    return problem.device == "cuda" and index != torch._C._cuda_getDevice()
 
 
 def _inputs(ops: Operands, packed: Tensor | None) -> tuple[Tensor, ...]:
@@ -245,8 +232,8 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def _gradients(ctx, dout: Tensor | None, dlse: Tensor | None) -> Sequence[Tensor | None]:
-        (problem, forced), saved = ctx.call, ctx.saved_tensors
-        *inputs, out, lse = saved[:-9]
+        problem, forced = ctx.call
+        *inputs, out, lse, cu_q, cu_k, used_q, used_k, pad, pages, rows, slopes, rng_state = ctx.saved_tensors
         _refuse_mapped(dout, dlse)
         if dout is None:
             dout = torch.zeros_like(out)
@@ -254,9 +241,10 @@ class _Attention(torch.autograd.Function):
             dout = dout.resolve_neg()
         sink = inputs.pop() if problem.sink else None
         grads = [torch.empty_like(x) for x in inputs]
-        q, k, v = _views(inputs)
-        ops = Operands._make((q, k, v, *saved[-9:-1], sink, saved[-1]))
-        result = run_backward(problem, ops, out, lse, dout, dlse, _views(grads), forced)
+        q, k, v = inputs if len(inputs) == 3 else _views(inputs)
+        into = grads if len(grads) == 3 else _views(grads)
+        ops = Operands(q, k, v, cu_q, cu_k, used_q, used_k, pad, pages, rows, slopes, sink, rng_state)
+        result = run_backward(problem, ops, out, lse, dout, dlse, into, forced)
         return grads if sink is None else [*grads, result.dsink]
 
 

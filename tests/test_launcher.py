@@ -100,7 +100,7 @@ def test_launch_hooks_see_every_launch(monkeypatch):
     def run(*args):
         calls.append(args)
 
-    binary = launcher.Binary(Compiled(), run, 11, "packed", 0, lambda device: 99)
+    binary = launcher.Binary(Compiled(), run, 11, "packed", 0, lambda device: 99, lambda: 0)
     binary.launch((4, 1, 1), ("a", "b"))
     assert calls == [(4, 1, 1, 99, 11, "packed", None, None, None, "a", "b")]
     runtime = triton.knobs.runtime
@@ -162,7 +162,9 @@ def test_shortcut_gives_the_compiled_launcher_what_triton_gives_it(monkeypatch):
     one, two = Box(x, [4, 16], [16, 1]), Box(y, [2, 16], [32, 1])
     for first, second in ((one, two), (two, one), (one, two)):
         args = (x, first, (3, 4), second, 128)
-        short = launcher.Binary(None, run, 11, "packed", 0, lambda device: 99, launcher.shortcut(run))
+        short = launcher.Binary(
+            None, run, 11, "packed", 0, lambda device: 99, lambda: 0, launcher.shortcut(run)
+        )
         assert short.short is not None
         for binary in (short, short._replace(short=None)):
             binary.launch((4, 1, 1), args)

@@ -30,11 +30,19 @@ class Machine:
     """A compiled launcher that notes what it is given, and descriptors that say what they were made of."""
 
     def __init__(self, boxes=(), short=True, signature=()):
-        self.launched, self.encoded = [], 0
+        self.launched, self.encoded, self.device = [], 0, 0
         about = tuple((i, "about") for i in boxes)
         way = launcher.Shortcut(self.launch, (False, True, None, None), about, self.encode, {})
         self.binary = launcher.Binary(
-            None, self.launch, 11, "packed", 0, lambda device: 99, way if short else None, signature
+            None,
+            self.launch,
+            11,
+            "packed",
+            0,
+            lambda device: 99,
+            lambda: self.device,
+            way if short else None,
+            signature,
         )
 
     def launch(self, *args):
@@ -139,7 +147,7 @@ def test_recordings_are_dropped_when_they_hold_too_many_descriptors(monkeypatch)
         assert machine.launched[-2][14] == ("descriptor", y.data_ptr(), "about")
         held = [
             len(d.encoded)
-            for launches, _ in replay._kept.values()
+            for launches in replay._kept.values()
             for s in launches.steps
             for d in s.descriptors
         ]
@@ -301,6 +309,17 @@ def test_profilers_see_every_launch():
     assert call(machine, "key", x, y)[0] == "again"
 
 
+def test_on_another_device_a_call_is_launched_as_usual():
+    machine = Machine([1])
+    x, y = aligned(4, 8), aligned(4, 8)
+    for _ in range(3):
+        call(machine, "key", x, y)
+    machine.device = 1
+    assert call(machine, "key", x, y)[0] == "launched"
+    machine.device = 0
+    assert call(machine, "key", x, y)[0] == "again"
+
+
 def test_without_a_shortcut_tritons_own_launcher_is_called():
     """Triton from 3.7 on, and every launcher that is not CUDA's."""
     machine = Machine(short=False)
@@ -335,4 +354,4 @@ def test_an_error_keeps_nothing():
     for _ in range(3):
         with pytest.raises(RuntimeError):
             run("key", (x,), fails)
-    assert launcher.recording.get() is None and replay.find("key") is None
+    assert replay.recording.get() is None and replay.find("key") is None

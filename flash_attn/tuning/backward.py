@@ -25,6 +25,10 @@ def override(dkdv: BwdConfig, dq: BwdConfig) -> Iterator[None]:
         _override = before
 
 
+def overridden() -> tuple[BwdConfig, BwdConfig] | None:
+    return _override
+
+
 def backward_config(problem: Problem) -> tuple[BwdConfig, BwdConfig]:
     """(tile of attn_bwd_dkdv, tile of attn_bwd_dq) on the current device."""
     if _override is not None:

@@ -15,7 +15,6 @@ Under TRITON_INTERPRET=1, and on a Triton whose launch protocol is not known her
 
 import threading
 from collections.abc import Callable
-from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +25,7 @@ from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import JITFunction
 
 from flash_attn.errors import FlashAttnError, UnsupportedError
+from flash_attn.utils import replay
 
 # CompiledKernel.run(grid..., stream, function, packed_metadata, launch_metadata, hooks, *args) is read in the
 # source of 3.6 to 3.9.
@@ -37,19 +37,6 @@ _TYPES = {
     torch.float8_e4m3fn: "fp8e4nv", torch.float8_e5m2: "fp8e5", torch.int8: "i8", torch.uint8: "u8",
     torch.int16: "i16", torch.int32: "i32", torch.int64: "i64", torch.bool: "i1",
 }  # fmt: skip
-
-
-class Recording:
-    """What `utils/replay.py` collects while a call runs."""
-
-    def __init__(self) -> None:
-        # (binary, grid, arguments); no binary: launched by Triton
-        self.calls: list[tuple[Any, tuple, tuple]] = []
-        self.provided: list[tuple[torch.Tensor, Callable[[], torch.Tensor]]] = []
-        self.paused = False  # torch operators are not part of the call
-
-
-recording: ContextVar[Recording | None] = ContextVar("launches", default=None)
 
 _cache: dict[Any, "Binary"] = {}
 _lock = threading.Lock()
@@ -127,6 +114,7 @@ class Binary(NamedTuple):
     packed: Any
     device: int
     current_stream: Callable[[int], int]
+    current_device: Callable[[], int]
     short: Shortcut | None = None
     signature: tuple = ()  # type of each run-time argument, as of `describe`
 
@@ -152,7 +140,7 @@ class Binary(NamedTuple):
         `args` are the run-time arguments and then the constants, in the kernel's order; a tensor may be given as its
         address, which saves the driver a call.
         """
-        collected = recording.get()
+        collected = replay.recording.get()
         if collected is not None:
             collected.calls.append((self, grid, args))
         stream = self.current_stream(self.device)
@@ -191,7 +179,7 @@ def launch(
     if 0 in grid:
         return
     if not direct(kernel):
-        collected = recording.get()
+        collected = replay.recording.get()
         if collected is not None:
             collected.calls.append((None, grid, args))
         kernel[grid](*args, **constants, num_warps=num_warps, num_stages=num_stages, **options)
@@ -335,5 +323,6 @@ def _load(compiled, kernel, problem) -> Binary:
         compiled.packed_metadata,
         driver.get_current_device(),
         driver.get_current_stream,
-        shortcut(run),
+        current_device=getattr(torch._C, "_cuda_getDevice", driver.get_current_device),
+        short=shortcut(run),
     )

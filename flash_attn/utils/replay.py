@@ -10,6 +10,7 @@ operator besides allocations and views, a tensor of unknown origin, a kernel tha
 """
 
 from collections.abc import Callable, Hashable, Sequence
+from contextvars import ContextVar
 from functools import partial, reduce
 from operator import or_
 from typing import Any, NamedTuple
@@ -17,9 +18,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton import knobs
-
-from flash_attn.utils import launcher
 
 MOST = 1024  # recorded calls
 MOST_ENCODED = 2**16  # descriptors of them all, of some 400 bytes
@@ -32,9 +30,31 @@ _STREAM = 3  # position of the stream among the arguments of a compiled launcher
 _LINE = 256  # bytes; parts of the scratch memory start at multiples
 
 _seen: set[Hashable] = set()
-# with what the key refers to by id; no launches: cannot be repeated
-_kept: dict[Hashable, tuple["Launches | None", Any]] = {}
+_kept: dict[Hashable, "Launches | Never"] = {}
+find = _kept.get  # (key): the recording kept for it, or None
 _encoded = 0  # descriptors since the last `forget`
+
+
+class Recording:
+    """What is collected while a call runs."""
+
+    def __init__(self) -> None:
+        # (binary, grid, arguments) of each launch; no binary: launched by Triton
+        self.calls: list[tuple[Any, tuple, tuple]] = []
+        self.provided: list[tuple[Tensor, Callable[[], Tensor]]] = []
+        self.paused = False  # torch operators are not part of the call
+
+
+recording: ContextVar[Recording | None] = ContextVar("recording", default=None)
+
+
+class Never(NamedTuple):
+    """A call that cannot be repeated."""
+
+    keep: Any
+
+    def repeat(self, tensors: Sequence[Tensor | None]) -> None:
+        return None
 
 
 class Address(NamedTuple):
@@ -92,16 +112,20 @@ class Launches(NamedTuple):
         Callable[[], Tensor]
     ]  # what each call needs anew: results, scratch memory, what was `provided`
     results: list[int | None]  # roles
+    runtime: Any  # triton.knobs.runtime: who listens to launches
+    current_device: Callable[[], int]
+    keep: Any  # what the key refers to by id
 
     def repeat(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None] | None:
         """Repeat the launches on `tensors`, which have the strides they had then; the results. None: call as usual.
 
-        That is when a tensor is not aligned to 16 bytes, when one tensor had two roles and two have them now, or when
-        a profiler listens to launches.
+        That is when a tensor is not aligned to 16 bytes, when one tensor had two roles and two have them now, when
+        another device is current, or when a profiler listens to launches.
         """
-        runtime = knobs.runtime
-        enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+        enter, leave = self.runtime.launch_enter_hook, self.runtime.launch_exit_hook
         if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
+            return None
+        if self.current_device() != self.device:
             return None
         everything = [x for x in tensors if x is not None]
         addresses = [x.data_ptr() for x in everything]
@@ -141,12 +165,6 @@ def _encode(encoded: dict[int, Any], encode: Callable[[int], Any], address: int)
     return found
 
 
-def find(key: Hashable) -> Launches | None:
-    """The launches kept for `key`; None when there are none."""
-    found = _kept.get(key)
-    return None if found is None else found[0]
-
-
 def record(
     key: Hashable,
     tensors: Sequence[Tensor | None],
@@ -165,31 +183,31 @@ def record(
             _seen.clear()
         _seen.add(key)
         return call()
-    recording = launcher.Recording()
-    token = launcher.recording.set(recording)
+    collected = Recording()
+    token = recording.set(collected)
     try:
-        with _Watch(recording) as watch:
+        with _Watch(collected) as watch:
             results = call()
     finally:
-        launcher.recording.reset(token)
+        recording.reset(token)
     if any(x is not None and x.data_ptr() % 16 for x in tensors):
         return results  # what was launched may be special to these addresses
     if len(_kept) >= MOST:
         _kept.clear()
-    launches = None if watch.other else _launches(recording, watch.allocated, tensors, results)
-    _kept[key] = launches, keep
+    launches = None if watch.other else _launches(collected, watch.allocated, tensors, results, keep)
+    _kept[key] = launches or Never(keep)
     return results
 
 
 def provided(make: Callable[..., Tensor], *args: Any) -> Tensor:
     """make(*args), a tensor that outlives the call; a repetition asks for it again."""
-    recording = launcher.recording.get()
-    if recording is None:
+    collected = recording.get()
+    if collected is None:
         return make(*args)
-    recording.paused = True
+    collected.paused = True
     x = make(*args)
-    recording.paused = False
-    recording.provided.append((x, partial(make, *args)))
+    collected.paused = False
+    collected.provided.append((x, partial(make, *args)))
     return x
 
 
@@ -204,16 +222,16 @@ def forget() -> None:
 class _Watch(TorchDispatchMode):
     """Notes what is allocated, and whether there is a torch operator that a repetition would leave out."""
 
-    def __init__(self, recording: launcher.Recording) -> None:
+    def __init__(self, collected: Recording) -> None:
         super().__init__()
-        self.recording = recording
+        self.collected = collected
         self.allocated: list[Tensor] = []
         self.other = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         name = func._schema.name
-        if self.recording.paused:
+        if self.collected.paused:
             pass
         elif name in _ALLOCATIONS:
             self.allocated.append(result)
@@ -224,20 +242,25 @@ class _Watch(TorchDispatchMode):
 
 
 def _launches(
-    recording: launcher.Recording, allocated: list[Tensor], tensors: Sequence[Tensor | None],
-    results: Sequence[Tensor | None],
+    collected: Recording, allocated: list[Tensor], tensors: Sequence[Tensor | None],
+    results: Sequence[Tensor | None], keep: Any,
 ) -> Launches | None:  # fmt: skip
     """Templates of the launches, or None where one cannot be repeated."""
-    first = recording.calls[0][0] if recording.calls else None
+    from triton import knobs
+
+    first = collected.calls[0][0] if collected.calls else None
     if first is None:
         return None
     try:
-        roles = _Roles(tensors, allocated, results, recording.provided)
-        steps = [_step(binary, grid, args, roles) for binary, grid, args in recording.calls]
+        roles = _Roles(tensors, allocated, results, collected.provided)
+        steps = [_step(binary, grid, args, roles) for binary, grid, args in collected.calls]
         returned = [None if x is None else roles.whole[id(x)] for x in results]
     except KeyError:  # a tensor of unknown origin, or a launch of another kind
         return None
-    return Launches(steps, first.device, first.current_stream, roles.given, roles.same, roles.made, returned)
+    return Launches(
+        steps, first.device, first.current_stream, roles.given, roles.same, roles.made, returned, knobs.runtime,
+        first.current_device, keep,
+    )  # fmt: skip
 
 
 class _Roles:
