@@ -7,6 +7,7 @@ import torch
 import flash_attn
 from flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 from flash_attn.errors import ArgumentValueError
+from flash_attn.layers.rotary import apply_rotary_emb
 from flash_attn.reference import attention as oracle
 from flash_attn.reference import eager
 from flash_attn.utils.testing import assert_as_close_as_torch, assert_gradients_as_close_as_torch, nan_empty
@@ -157,3 +158,65 @@ def test_compiled_by_inductor():
         got = torch.autograd.grad(out, inputs, dout)
         for g, w in zip(got, torch.autograd.grad(want, inputs, dout), strict=True):
             torch.testing.assert_close(g, w, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("backend", ["hopper", "triton"])
+@pytest.mark.parametrize("where", ["q", "k"])
+@pytest.mark.parametrize(
+    "options", [{}, dict(causal=True), dict(window_size=(30, 2)), dict(softcap=9.0)], ids=str
+)
+def test_a_nan_stays_one(options, where, backend):
+    """A maximum that skips NaN must not make a row of it look like one without keys."""
+    case = cases.Case(
+        "nan", max_q=200, max_k=300, head_dim=64, dtype=torch.bfloat16, causal=options.get("causal", False),
+        window=options.get("window_size", (-1, -1)), softcap=options.get("softcap", 0.0),
+    )  # fmt: skip
+    built = cases.build(case, device="cuda")
+    if flash_attn.dispatch.load(backend).supports(built.problem, "forward"):
+        pytest.skip(f"{backend} does not run here")
+    ops = built.operands
+    getattr(ops, where)[0, 150, 0] = torch.nan
+    with flash_attn.use_backend(backend):
+        out, lse, _ = flash_attn_func(*ops[:3], return_attn_probs=True, **options)
+    want, want_lse = oracle.forward(built.problem, ops)
+    assert want.isnan().any() and torch.equal(out.isnan(), want.isnan())
+    assert torch.equal(lse.isnan(), want_lse.isnan())
+
+
+def test_a_tensor_that_wraps_others_is_not_taken_for_memory():
+    """Its address is 0: a kernel that is sent there ends the process' use of the GPU. DTensor is such a class."""
+    two_tensor = pytest.importorskip("torch.testing._internal.two_tensor").TwoTensor
+    parts = [[x.detach() for x in qkv()] for _ in range(2)]
+    for _ in range(4):  # the first calls are launched, later ones repeated
+        want = [flash_attn_func(*part, causal=True) for part in parts]
+        out = flash_attn_func(*(two_tensor(a, b) for a, b in zip(*parts, strict=True)), causal=True)
+        assert torch.equal(out.a, want[0]) and torch.equal(out.b, want[1])
+
+
+def test_negations_that_were_put_off_are_done():
+    """The imaginary part of a conjugate is its memory with a sign that only torch knows of; a kernel took it plain."""
+    q, k, v = (x.detach().requires_grad_() for x in qkv())
+    dout = torch.randn(q.shape, device="cuda", dtype=q.dtype)
+    want = flash_attn_func(-q, k, v, causal=True)
+    wanted = torch.autograd.grad(want, (q, k, v), -dout)
+    got = flash_attn_func(torch._neg_view(q), k, v, causal=True)
+    assert torch.equal(got, want)
+    for g, w in zip(torch.autograd.grad(got, (q, k, v), torch._neg_view(dout)), wanted, strict=True):
+        torch.testing.assert_close(g, w)
+
+
+def test_more_sequences_than_a_dimension_of_a_grid_holds():
+    """Windows of a vision transformer make such batches; rotary and the Hopper backward stopped at 65535."""
+    q, k, v = (x.requires_grad_() for x in qkv(16, 16, 1, 1, 64, 70_000))
+    out = flash_attn_func(q, k, v, causal=True)
+    dout = torch.randn_like(out)
+    grads = torch.autograd.grad(out, (q, k, v), dout)
+    last = [x.detach()[-7:].clone().requires_grad_() for x in (q, k, v)]
+    want = flash_attn_func(*last, causal=True)
+    assert torch.equal(out[-7:], want)
+    for g, w in zip(grads, torch.autograd.grad(want, last, dout[-7:]), strict=True):
+        torch.testing.assert_close(g[-7:], w, rtol=2e-2, atol=1e-2)  # two backends: rounded to bf16 apart
+    angles = torch.outer(torch.arange(16.0, device="cuda"), 0.1 ** torch.arange(32.0, device="cuda"))
+    tables = angles.cos().bfloat16(), angles.sin().bfloat16()
+    turned = apply_rotary_emb(q.detach(), *tables)
+    assert torch.equal(turned[-7:], apply_rotary_emb(q.detach()[-7:], *tables))
