@@ -43,8 +43,8 @@ def attn_decode(
     It writes out and lse; or, when SPLIT, the numerator of out to `out` and the base-2 maximum and the sum to `lse`,
     which holds the maxima of all spans and then the sums: `forward/split.py` merges them.
     PAGE is the page size, 0 without pages; ALIGNED: every tile of keys is whole pages, or lies inside one.
-    TWINS: k and v have the same strides, so one offset of a key serves both (paged it does not pay: Triton then
-    moves 64-bit offsets between layouts instead of pages).
+    TWINS: k and v have the same strides, so one offset of a key serves both (with pages it pays from 256 columns on:
+    below, Triton then moves 64-bit offsets between layouts instead of pages).
 
     Grid: kv heads x spans x row blocks x sequences in one dimension, kv heads fastest: programs that run together
     read neighbouring memory. Strides are (batch, seq, head), of lse (batch, head).
@@ -330,6 +330,7 @@ def fix(problem: Problem, ops: Operands, out: Tensor, lse: Tensor, config: FwdCo
     slopes, table = ops.alibi_slopes, ops.block_table
     page, tile = problem.page_size, config.block_n
     aligned = page > 0 and not problem.leftpad and (page % tile == 0 or tile % page == 0)
+    twins = launch.strides(ops.k) == launch.strides(ops.v) and (not page or problem.head_dim >= 256)
     return Fixed(
         grid=(problem.kv_heads * spans * blocks * problem.batch, 1, 1),
         strides=(
@@ -344,7 +345,7 @@ def fix(problem: Problem, ops: Operands, out: Tensor, lse: Tensor, config: FwdCo
         slope_stride=0 if slopes is None or slopes.dim() == 1 else slopes.stride(0),
         constants=dict(
             F=features(problem, config), SPLIT=spans > 1, GROUP=problem.group,
-            PAGE=page, ALIGNED=aligned, TWINS=not page and launch.strides(ops.k) == launch.strides(ops.v),
+            PAGE=page, ALIGNED=aligned, TWINS=twins,
             D=problem.head_dim, DV=problem.head_dim_v, BLOCK_D=block_d, BLOCK_DV=block_dv,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, STAGES=config.num_stages,
         ),
