@@ -94,10 +94,24 @@ def test_work_on_the_host_in_a_group_fits_the_cache():
     assert hopper_launch.group_width(problem()) == 1
 
 
-def plain(jitted):
+def plain(jitted, **others):
     """The integer arithmetic of a device function, run by Python."""
-    stand_in = types.SimpleNamespace(minimum=min, maximum=max, constexpr=None)
-    return types.FunctionType(jitted.fn.__code__, {**jitted.fn.__globals__, "gl": stand_in})
+    stand_in = types.SimpleNamespace(
+        minimum=min, maximum=max, constexpr=None,
+        where=lambda condition, x, y: x if condition else y,
+        umulhi=lambda x, y: ((x & 0xFFFFFFFF) * (y & 0xFFFFFFFF)) >> 32,
+    )  # fmt: skip
+    return types.FunctionType(jitted.fn.__code__, {**jitted.fn.__globals__, "gl": stand_in, **others})
+
+
+@pytest.mark.parametrize("d", [1, 2, 3, 5, 7, 8, 12, 64, 96, 127, 641, 2**16 + 1, 2**30 - 1, 2**31 - 1])
+def test_divides_by_multiplying(d):
+    quotient, by = plain(hopper_tiles.quotient), hopper_launch.divider(d)
+    assert all(-(2**31) <= n < 2**31 for n in by)
+    near = [k * d + e for k in (0, 1, 2, 1000, (2**31 - 1) // d) for e in (-1, 0, 1)]
+    for x in (*near, 2**31 - 1):
+        if 0 <= x < 2**31:
+            assert quotient(x, by) == x // d
 
 
 BANDS = [(None, None), (None, 0), (None, 7), (20, 0), (70, 33), (15, None), (0, 0)]
@@ -140,8 +154,10 @@ def test_tiles_cover_the_mask_and_take_turns(head_dim, left, right):
 @pytest.mark.parametrize("pairs, width, key_tiles", [(1, 1, 1), (12, 4, 5), (10, 4, 3), (7, 8, 2), (9, 1, 4)])
 def test_every_key_tile_has_one_program(pairs, width, key_tiles):
     """And sums are zeroed, and turns passed on, by programs that start earlier than those that wait for them."""
-    sizes = (0, 0, 0, 0, pairs, width, key_tiles)
-    place = [plain(hopper_tiles.order)(i, sizes) for i in range(pairs * key_tiles)]
+    by = (hopper_launch.divider(d) for d in (width * key_tiles, width, pairs % width or width))
+    sizes = (0, 0, 0, 0, pairs, width, key_tiles, 0, 0, *by)
+    order = plain(hopper_tiles.order, quotient=plain(hopper_tiles.quotient))
+    place = [order(i, sizes) for i in range(pairs * key_tiles)]
     assert sorted(place) == [(n, pair) for n in range(key_tiles) for pair in range(pairs)]
     at = {x: i for i, x in enumerate(place)}
     assert all(at[n - 1, pair] < at[n, pair] for n, pair in place if n)

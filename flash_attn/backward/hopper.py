@@ -25,7 +25,7 @@ def attn_bwd_hopper(
     turns,  # programs that have added to each piece of dQ; None unless ordered
     seqs,  # (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k), each may be None
     sizes,  # (max_q, max_k, heads, kv_heads, batch * kv_heads, width of a group, key tiles, padded query tiles,
-    # how many pairs ahead sums are zeroed)
+    # how many pairs ahead sums are zeroed, then `hopper_launch.Plan.dividers` and query heads per kv head)
     band,  # keys (left, right) of the diagonal
     scores,  # `tile/score.py: factors`
     scale,

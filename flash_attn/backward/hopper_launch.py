@@ -88,8 +88,8 @@ def schedule(problem: Problem) -> Schedule:
     # queries a step, keys of a program, ring of Q and dO, buffers of dS: what registers and shared memory hold
     tile = {64: (128, 128, 2, 2), 128: (64, 128, 2, 2), 256: (64, 64, 2, 1)}[D]
     T = Schedule(D, DV, *tile, ORDERED=problem.deterministic)
-    # with few steps a key tile, the step more that this costs is not won back
-    if D == 64 and (problem.right is None or problem.max_q > 2048):
+    # with few steps a key tile, the step more that this costs is not won back: causal 1k 596 -> 612 us, 2k 959 -> 924
+    if D == 64 and (problem.right is None or problem.max_q > 1024):
         T = T._replace(DEFER=True, DS_STAGES=3)
     return T
 
@@ -105,6 +105,13 @@ def group_width(problem: Problem) -> int:
     return width
 
 
+def divider(d: int) -> tuple[int, int]:
+    """(multiplier, shift) with which `hopper_tiles.quotient` divides by d > 0; both as signed 32 bits."""
+    shift = (d - 1).bit_length()
+    multiplier = -(-(1 << (31 + shift)) // d)
+    return multiplier - (multiplier >> 31 << 32), shift
+
+
 class Plan(NamedTuple):
     """All of a problem's launches that does not depend on its tensors."""
 
@@ -115,6 +122,7 @@ class Plan(NamedTuple):
     width: int
     blocks: int  # of ROWS padded query rows, for the kernel before
     rows: int
+    dividers: tuple  # of a program's number, see `hopper_tiles.order`; of a pair by the kv heads
     ahead: int  # (batch, kv head) pairs whose sums of dQ are zeroed before the main kernel; it zeroes so far ahead
 
 
@@ -145,7 +153,9 @@ def plan(problem: Problem, T: Schedule | None = None) -> Plan:
     ahead = -(-_AHEAD // (key_tiles * width)) * width
     if F.ragged:  # all before: zeroing on the way is seen right on a GPU with dense tensors only
         ahead = problem.batch * problem.kv_heads
-    return Plan(T, F, boxes, key_tiles, width, blocks, rows, ahead)
+    pairs = problem.batch * problem.kv_heads
+    dividers = tuple(divider(d) for d in (key_tiles * width, width, pairs % width or width, problem.kv_heads))
+    return Plan(T, F, boxes, key_tiles, width, blocks, rows, dividers, ahead)
 
 
 def addressable(x: Tensor) -> bool:
@@ -322,7 +332,7 @@ def main_arguments(
         work.dq_acc, work.zeroed, work.turns,
         (ops.cu_seqlens_q, ops.cu_seqlens_k, ops.seqused_q, ops.seqused_k),
         (problem.max_q, problem.max_k, problem.heads, problem.kv_heads, pairs, p.width, p.key_tiles, work.tiles,
-         p.ahead),
+         p.ahead, *p.dividers, problem.group),
         (problem.left or 0, problem.right or 0), factors(problem.scale, problem.softcap), problem.scale,
     )  # fmt: skip
     return (p.key_tiles * pairs, 1, 1), args, dict(F=F, T=p.T)

@@ -89,7 +89,7 @@ def consume(work, WG: gl.constexpr, F: gl.constexpr, T: gl.constexpr):
     M, tile0 = q_side[3], q_side[4]
     N = k_side[3]
     m_lo, m_hi = query_range(n, M, N, band, F, T)
-    group = sizes[2] // sizes[3]
+    group = sizes[13]
     total = (m_hi - m_lo) * group
     key0 = n * T.BLOCK_N + WG * 64
     whole = unmasked_range(key0, 64, M, N, band, m_hi, F, T)
@@ -187,6 +187,11 @@ def consume(work, WG: gl.constexpr, F: gl.constexpr, T: gl.constexpr):
             if (m == m_hi) | (m < m_lo):
                 m = first_tile(m_lo, m_hi, STEP)
                 qt += sizes[7] - (m_hi - m_lo) * STEP
+    n, hk, q_side, k_side = place(program_again(), seqs, sizes, F, T)
+    row, slot = n * T.BLOCK_N + WG * 64, k_side[2]
+    v_w.store(dv.to(dtype))
+    fence_async_shared()
+    tma_store(dv_desc, box(k_side, hk, row, slot, units[5], F.ragged), v_s.index(WG))
     if T.DEFER:  # noqa: SIM102
         if total > 0:
             barrier_sync(BAR_READY + (1 - WG) + 2 * ((total - 1) % 2), 256)
@@ -205,11 +210,7 @@ def consume(work, WG: gl.constexpr, F: gl.constexpr, T: gl.constexpr):
             else:
                 tma_reduce_add(dq_desc, [(qt * 2 + WG) * (64 * COLS // 256), 0], dq_s.index(WG))
     barrier_sync(BAR_DS, 256)  # the other warpgroup has read its last K, and this one's dS
-    n, hk, q_side, k_side = place(program_again(), seqs, sizes, F, T)
-    row, slot = n * T.BLOCK_N + WG * 64, k_side[2]
-    v_w.store(dv.to(dtype))
     k_w.store((dk * scale).to(dtype))
     fence_async_shared()
-    tma_store(dv_desc, box(k_side, hk, row, slot, units[5], F.ragged), v_s.index(WG))
     tma_store(dk_desc, box(k_side, hk, row, slot, units[4], F.ragged), k_s.index(WG))
     tma.store_wait(0)

@@ -22,6 +22,12 @@ BAR_DQ: gl.constexpr = gl.constexpr(9)  # + warpgroup: its piece of dQ waits for
 
 
 @gluon.jit
+def quotient(x, by):
+    """x // d for 0 <= x < 2**31; `by` is `hopper_launch.divider(d)`. A division proper takes ten times as long."""
+    return gl.umulhi(2 * x, by[0]) >> by[1]
+
+
+@gluon.jit
 def order(program, sizes):
     """(key tile, pair) of a program. A pair is a (batch, kv head).
 
@@ -30,10 +36,10 @@ def order(program, sizes):
     """
     pairs, width, key_tiles = sizes[4], sizes[5], sizes[6]
     group = key_tiles * width
-    g = program // group
+    g = quotient(program, sizes[9])
     r = program - g * group
     wide = gl.minimum(width, pairs - g * width)
-    n = r // wide
+    n = gl.where(wide == width, quotient(r, sizes[10]), quotient(r, sizes[11]))
     return n, g * width + (r - n * wide)
 
 
@@ -55,7 +61,7 @@ def query_side(b, cu_q, used_q, max_q, T: gl.constexpr):
 def place(program, seqs, sizes, F: gl.constexpr, T: gl.constexpr):
     """(key tile, kv head, query side, key side) of a program; a side is as in `query_side`, keys have no tile."""
     n, pair = order(program, sizes)
-    b = pair // sizes[3]
+    b = quotient(pair, sizes[12])
     row_k, slot_k = sequence(seqs[1], None, sizes[1], b)
     N = slot_k
     if seqs[3] is not None:
@@ -199,7 +205,7 @@ def produce(work, F: gl.constexpr, T: gl.constexpr):
     M, tile0 = q_side[3], q_side[4]
     N = k_side[3]
     lo, hi = query_range(n, M, N, band, F, T)
-    group = sizes[2] // sizes[3]
+    group = sizes[13]
     total = (hi - lo) * group
     BLOCKS: gl.constexpr = k_s.shape[0]  # of the key tile: one per warpgroup when both own their keys
     ROWS: gl.constexpr = T.BLOCK_N // BLOCKS
@@ -264,7 +270,7 @@ def write_dq(work, WG: gl.constexpr, F: gl.constexpr, T: gl.constexpr):
     n, hk, q_side, k_side = place(gl.program_id(0), seqs, sizes, F, T)
     M, N = q_side[3], k_side[3]
     lo, hi = query_range(n, M, N, band, F, T)
-    group = sizes[2] // sizes[3]
+    group = sizes[13]
     ROWS: gl.constexpr = dq_s.shape[1]
     STEP: gl.constexpr = direction(F, T)
     m = first_tile(lo, hi, STEP)
