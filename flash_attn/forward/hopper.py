@@ -1,8 +1,9 @@
 """The forward for Hopper (sm_90a) in Gluon: one TMA producer warp feeds two or three warpgroups of 64 query rows.
 
-Each warpgroup keeps S(j+1) = Q K(j+1)^T and O += P(j) V(j) in flight on the tensor cores while it runs the softmax
-of tile j+1; P stays in registers. Programs are persistent: the producer draws tiles from an atomic counter, longest
-first (`hopper_tiles.py`). The arithmetic is in `hopper_step.py`, the host side in `hopper_launch.py`.
+Each warpgroup runs the softmax of a key tile while tensor cores work for it (P V of the tile before, OVERLAP) or for
+the others; P stays in registers. Programs are persistent: the producer draws tiles from an atomic counter, longest
+first (`hopper_tiles.py`). The arithmetic is in `hopper_step.py` and
+`hopper_softmax.py`, the host side in `hopper_launch.py`.
 """
 
 from typing import NamedTuple
@@ -16,27 +17,30 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from flash_attn.forward.hopper_softmax import (
+    first_pivot,
+    first_softmax,
+    quad_layout,
+    rows_layout,
+    scale_output,
+    softmax,
+)
 from flash_attn.forward.hopper_step import (
     finish,
     issue_output,
     issue_scores,
     mask,
-    pack,
-    quad_layout,
     query,
-    rescale_output,
-    rows_layout,
     scale_part,
-    softmax,
-    thread_sums,
     wait_output,
+    wait_output_and_scores,
     zero_output,
 )
 from flash_attn.forward.hopper_tiles import blocks, key_tile, locate, publish, receive, zero_tail
 from flash_attn.tile.hopper import (
     barrier_arrive,
     barrier_sync,
-    compute_first,
+    declare_answer,
     random_delay,
     tma_load,
     tma_rows,
@@ -60,11 +64,11 @@ class Config(NamedTuple):
     CHAIN: (
         bool  # the first scores of the next tile are computed while this one is stored; Q is double buffered
     )
+    OVERLAP: (
+        bool  # P V is in flight under the next softmax; else it and the next scores go one behind the other
+    )
     QREG: int  # columns of Q kept in registers: all, half or none; saves shared-memory bandwidth
     SHARE: bool  # O is staged where Q was
-    LAZY: bool = (
-        False  # sum and O are rescaled only where the maximum grew, O under the scores of the next key tile
-    )
     left: bool = False
     right: bool = False
     softcap: bool = False
@@ -226,24 +230,36 @@ def _limits(work, band, WG: gl.constexpr, C: gl.constexpr):
 
 
 @gluon.jit
-def _first_softmax(s, work, band, scale, dtype: gl.constexpr, WG: gl.constexpr, C: gl.constexpr):
-    """(pivot, l, P) of the first key tile of `work`, whose products are `s`; it is always masked."""
+def _first_tile(s, work, band, scale, dtype: gl.constexpr, WG: gl.constexpr, C: gl.constexpr):
+    """(pivot, l, P) after the first key tile of `work`, whose products are `s`; it is always masked.
+
+    Without OVERLAP its softmax comes later: (pivot, 0, scores).
+    """
     _, _, lo, hi = _limits(work, band, WG, C)
     first, n = blocks(work.m, work.M, work.N, band, C)
     s = mask(capped(s, scale[0], C), key_tile(first, n, 0, C), lo, hi, C)
-    p, pivot, _ = softmax(
-        s, gl.full([64, 4], float("-inf"), gl.float32, quad_layout(C.BN)), scale[1], True, C
-    )
-    return pivot, thread_sums(p, C), pack(p, dtype, C)
+    if C.OVERLAP:
+        p16, pivot, l = first_softmax(s, scale[1], dtype, C)
+        return pivot, l, p16
+    else:
+        return first_pivot(s, scale[1], dtype, C), gl.zeros([64, 4], gl.float32, quad_layout(C.BN)), s
 
 
 @gluon.jit
-def _step(q, rings, bars, it, n, full, lo, hi, state, scale, WG: gl.constexpr, C: gl.constexpr):
+def _scores(s, n, full, lo, hi, scale, C: gl.constexpr):
+    """Soft cap and mask. One loop with a uniform branch: a second, mask-free loop spills at head dim 64."""
+    s = capped(s, scale[0], C)
+    if (C.left or C.right) and ((n >= full[1]) | (n < full[0])):
+        s = mask(s, n, lo, hi, C)
+    return s
+
+
+@gluon.jit
+def _overlapped_step(q, rings, bars, it, n, full, lo, hi, state, scale, WG: gl.constexpr, C: gl.constexpr):
     """S(j+1) and P(j) V(j) are in flight together; the softmax of S(j+1) runs under the second."""
     k_ring, v_ring = rings
     k_full, v_full = bars
-    pivot, l, acc, p16, alpha = state
-    MASKED: gl.constexpr = C.left or C.right
+    pivot, l, acc, p16, factor = state
     nxt = (it + 1) % C.STAGES
     phase = ((it + 1) // C.STAGES) & 1
     cur = it % C.STAGES
@@ -253,30 +269,47 @@ def _step(q, rings, bars, it, n, full, lo, hi, state, scale, WG: gl.constexpr, C
     if C.PINGPONG:
         barrier_sync(_turn(C) + WG, 256)
     s = issue_scores(q, k_ring, nxt, C)
-    if C.LAZY:
-        acc = rescale_output(acc, alpha, C)
-    acc = issue_output(p16, v_ring, cur, acc, C)
+    acc = issue_output(p16, v_ring, cur, scale_output(acc, factor, True, C), C)
     if C.PINGPONG:
         barrier_arrive(_turn(C) + (WG + 1) % C.WARPGROUPS, 256)
     OUTPUTS: gl.constexpr = 2 if C.V1 else 1
     s = warpgroup_mma_wait(OUTPUTS, deps=(s,))
     barrier_arrive(_k_free(C) + nxt, _threads(C))
-    s = capped(s, scale[0], C)
-    # one loop with a uniform branch: a second, mask-free loop spills at head dim 64
-    if MASKED and ((n >= full[1]) | (n < full[0])):
-        s = mask(s, n, lo, hi, C)
-    p, pivot, alpha = softmax(s, pivot, scale[1], MASKED, C)
-    # without compute_first the two waits below would be hoisted over the softmax, and the overlap lost
-    l = compute_first(l * alpha + thread_sums(p, C))
-    p16 = pack(p, v_ring[0].dtype, C)
+    s = _scores(s, n, full, lo, hi, scale, C)
+    p16, pivot, l, _, factor = softmax(s, pivot, l, acc, scale[1], v_ring[0].dtype, C)
     mbarrier.wait(v_full.index(nxt), phase)
     acc = wait_output(0, acc)
     if C.DELAY:
         random_delay(C.DELAY)
     barrier_arrive(_v_free(C) + cur, _threads(C))
-    if not C.LAZY:
-        acc = rescale_output(acc, alpha, C)
-    return pivot, l, acc, p16, alpha
+    return pivot, l, acc, p16, factor
+
+
+@gluon.jit
+def _serial_step(q, rings, bars, it, n, full, lo, hi, state, scale, WG: gl.constexpr, C: gl.constexpr):
+    """The softmax of S(j); then P(j) V(j) and S(j+1) in flight together, while the other warpgroups do theirs."""
+    k_ring, v_ring = rings
+    k_full, v_full = bars
+    pivot, l, acc, s = state
+    cur = it % C.STAGES
+    nxt = (it + 1) % C.STAGES
+    p16, pivot, l, acc, _ = softmax(s, pivot, l, acc, scale[1], v_ring[0].dtype, C)
+    if C.DELAY:
+        random_delay(C.DELAY)
+    mbarrier.wait(v_full.index(cur), (it // C.STAGES) & 1)
+    mbarrier.wait(k_full.index(nxt), ((it + 1) // C.STAGES) & 1)
+    if C.PINGPONG:
+        barrier_sync(_turn(C) + WG, 256)
+    acc = issue_output(p16, v_ring, cur, acc, C)
+    s = issue_scores(q, k_ring, nxt, C)
+    if C.PINGPONG:
+        barrier_arrive(_turn(C) + (WG + 1) % C.WARPGROUPS, 256)
+    acc, s = wait_output_and_scores(acc, s)
+    if C.DELAY:
+        random_delay(C.DELAY)
+    barrier_arrive(_v_free(C) + cur, _threads(C))
+    barrier_arrive(_k_free(C) + nxt, _threads(C))
+    return pivot, l, acc, _scores(s, n, full, lo, hi, scale, C)
 
 
 @gluon.jit
@@ -324,7 +357,7 @@ def _consumer(common, WG: gl.constexpr, C: gl.constexpr):
     mbarrier.wait(k_full.index(0), 0, pred=work.m >= 0)
     s = warpgroup_mma_wait(0, deps=(issue_scores(query(q_ring, WG, C), k_ring, 0, C),))
     barrier_arrive(_k_free(C), _threads(C))
-    pivot, l, p16 = _first_softmax(s, work, band, scale, v_ring[0].dtype, WG, C)
+    pivot, l, tile = _first_tile(s, work, band, scale, v_ring[0].dtype, WG, C)  # P, or S without OVERLAP
     while work.m >= 0:
         m_lo, rows, lo, hi = _limits(work, band, WG, C)
         first, n = blocks(work.m, work.M, work.N, band, C)
@@ -333,14 +366,25 @@ def _consumer(common, WG: gl.constexpr, C: gl.constexpr):
         buffer = (count % QS) * W + WG
         q = query(q_ring, buffer, C)
         acc = zero_output(C)
-        alpha = gl.full([64, 4], 1.0, gl.float32, quad_layout(BN))
-        mbarrier.wait(v_full.index(it % C.STAGES), (it // C.STAGES) & 1)
-        for j in range(1, n):
-            pivot, l, acc, p16, alpha = _step(
-                q, (k_ring, v_ring), (k_full, v_full), it, key_tile(first, n, j, C), full, lo, hi,
-                (pivot, l, acc, p16, alpha), scale, WG, C,
-            )  # fmt: skip
-            it += 1
+        if C.OVERLAP:
+            p16 = tile
+            factor = gl.full([64, 4], 1.0, gl.float32, quad_layout(BN))
+            mbarrier.wait(v_full.index(it % C.STAGES), (it // C.STAGES) & 1)
+            for j in range(1, n):
+                pivot, l, acc, p16, factor = _overlapped_step(
+                    q, (k_ring, v_ring), (k_full, v_full), it, key_tile(first, n, j, C), full, lo, hi,
+                    (pivot, l, acc, p16, factor), scale, WG, C,
+                )  # fmt: skip
+                it += 1
+        else:
+            for j in range(1, n):
+                pivot, l, acc, tile = _serial_step(
+                    q, (k_ring, v_ring), (k_full, v_full), it, key_tile(first, n, j, C), full, lo, hi,
+                    (pivot, l, acc, tile), scale, WG, C,
+                )  # fmt: skip
+                it += 1
+            p16, pivot, l, acc, _ = softmax(tile, pivot, l, acc, scale[1], v_ring[0].dtype, C)
+            mbarrier.wait(v_full.index(it % C.STAGES), (it // C.STAGES) & 1)
         if not C.SHARE:
             barrier_arrive(_q_free(C) + count % QS, _threads(C))
         cur = it % C.STAGES
@@ -356,8 +400,8 @@ def _consumer(common, WG: gl.constexpr, C: gl.constexpr):
             mbarrier.wait(q_full.index(next_buffer), next_phase, pred=more)
         if C.PINGPONG:
             barrier_sync(_turn(C) + WG, 256)
-        if C.LAZY:
-            acc = rescale_output(acc, alpha, C)
+        if C.OVERLAP:
+            acc = scale_output(acc, factor, True, C)
         acc = issue_output(p16, v_ring, cur, acc, C)
         if C.CHAIN:
             s = issue_scores(query(q_ring, next_buffer, C), k_ring, nxt, C)
@@ -378,7 +422,7 @@ def _consumer(common, WG: gl.constexpr, C: gl.constexpr):
             s = issue_scores(query(q_ring, next_buffer, C), k_ring, nxt, C)
         s = warpgroup_mma_wait(0, deps=(s,))
         barrier_arrive(_k_free(C) + nxt, _threads(C))
-        pivot, l, p16 = _first_softmax(s, following, band, scale, v_ring[0].dtype, WG, C)
+        pivot, l, tile = _first_tile(s, following, band, scale, v_ring[0].dtype, WG, C)
         if C.CHAIN and C.SHARE:
             tma.store_wait(0)
             barrier_arrive(_q_free(C) + count % QS, _threads(C))
@@ -442,6 +486,7 @@ def attn_fwd_hopper(
     mbarrier.init(t_empty.index(0), count=W)
     fence_async_shared()
 
+    declare_answer()
     if out is not None:
         zero_tail(out, lse, lengths[0], sizes, DV)
     bars = (q_full, k_full, v_full, t_full, t_empty)

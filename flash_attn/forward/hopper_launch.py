@@ -110,26 +110,25 @@ def _tile(problem: Problem) -> dict[str, Any]:
         row = table.nearest(problem, info, "hopper forward")
         if row is not None:
             measured = dict(row["config"])
-            # measured with Triton 3.6; 3.9 spills up to 352 bytes with LAZY, and 136 with Q in registers at D = 256
+            # measured with Triton 3.6; ptxas of 3.9 spills 160 bytes with Q in registers at D = 256
             if not triton.__version__.startswith("3.6."):
-                measured["LAZY"] = False
                 measured["QREG"] *= problem.head_dim < 256
             return measured
     dim = sum(split_dim(max(problem.head_dim, problem.head_dim_v)))
-    tile = dict(WARPGROUPS=2, BN=128, STAGES=2, PINGPONG=True, CHAIN=True, QREG=0, SHARE=False,
+    tile = dict(WARPGROUPS=2, BN=128, STAGES=2, PINGPONG=False, CHAIN=True, OVERLAP=False, QREG=0, SHARE=False,
                 registers=(240, 24))  # fmt: skip
-    if dim <= 64 and problem.left is None and (problem.right is None or problem.max_q > 2048):
-        return tile | dict(WARPGROUPS=3, STAGES=3, registers=(160, 32))
+    if dim <= 64 and problem.left is None and problem.max_q > 1024:
+        return tile | dict(WARPGROUPS=4, BN=64, STAGES=4, registers=(112, 24))
     if dim <= 64:
         return tile | dict(STAGES=4)
     if dim <= 128:
         return tile
     (d0, d1), (v0, v1) = split_dim(problem.head_dim), split_dim(problem.head_dim_v)
     if v0 != d0 or v1 not in (0, d1):  # O does not fit into the place of Q
-        return tile | dict(BN=64, PINGPONG=False, CHAIN=False)
+        return tile | dict(BN=64, CHAIN=False)
     if problem.head_dim_v <= 128:  # shared memory has no room for a second Q
         return tile | dict(CHAIN=False, SHARE=True)
-    return tile | dict(BN=64, PINGPONG=False, CHAIN=False, SHARE=True, STAGES=3 if dim <= 192 else 2)
+    return tile | dict(BN=64, PINGPONG=True, CHAIN=False, SHARE=True, STAGES=3 if dim <= 192 else 2)
 
 
 def _swizzle(problem: Problem) -> int:

@@ -1,39 +1,18 @@
-"""The arithmetic of the Hopper forward on one warpgroup's 64 rows: products, mask, softmax, rescale.
+"""The arithmetic of the Hopper forward on one warpgroup's 64 rows: products, mask, the end.
 
 A head dim may have two power-of-two parts (D0, D1 and V0, V1); O is a tuple with one entry per part. `C` is the
-forward's Config. Masks, soft cap and key ranges come from `tile/`; the softmax is `tile/softmax.py: update` with two
-differences that its callers there do not need: the scale rides on the subtraction (one FMA per element), and sums stay
-in the threads until the end.
+forward's Config. Masks, soft cap and key ranges come from `tile/`, the softmax from `hopper_softmax.py`.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
-from flash_attn.tile.hopper import (
-    column_layout,
-    column_registers,
-    follow_maximum,
-    from_columns,
-    row_limit,
-    scale_unless_one,
-    to_columns,
-)
+from flash_attn.forward.hopper_softmax import accumulator, rows_layout
+from flash_attn.tile.hopper import column_registers, from_columns, row_limit, to_columns
 from flash_attn.tile.score import LOG2E
 
 LN2 = gl.constexpr(0.6931471805599453)
-
-
-@gluon.constexpr_function
-def accumulator(N):
-    """Layout of a (64, N) wgmma accumulator."""
-    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 16])
-
-
-@gluon.constexpr_function
-def rows_layout(N):
-    """One value per row of it."""
-    return gl.SliceLayout(1, accumulator(N))
 
 
 @gluon.jit
@@ -97,6 +76,17 @@ def wait_output(pending: gl.constexpr, tokens):
 
 
 @gluon.jit
+def wait_output_and_scores(tokens, s):
+    """(O, S) once both are there."""
+    if len(tokens) == 1:
+        a, s = warpgroup_mma_wait(0, deps=(tokens[0], s))
+        return (a,), s
+    else:
+        a, b, s = warpgroup_mma_wait(0, deps=(tokens[0], tokens[1], s))
+        return (a, b), s
+
+
+@gluon.jit
 def mask(s, n, lo, hi, C: gl.constexpr):
     """-inf outside the keys [lo, hi) of each row, in key tile n."""
     N: gl.constexpr = C.BN
@@ -108,73 +98,10 @@ def mask(s, n, lo, hi, C: gl.constexpr):
     return from_columns(s, N, accumulator(N))
 
 
-@gluon.constexpr_function
-def quad_layout(N):
-    """(64, 4): one value per row and thread of its quad, what a thread knows of its columns before any shuffle."""
-    return gl.SliceLayout(1, gl.SliceLayout(3, column_layout(N)))
-
-
-@gluon.jit
-def over_columns(x, N: gl.constexpr):
-    """(64, 4) values as (64, 1, 4, 1), to combine with `to_columns(..., N)`."""
-    x = gl.convert_layout(x, quad_layout(N), assert_trivial=True)
-    return gl.expand_dims(gl.expand_dims(x, 1), 3)
-
-
-@gluon.jit
-def softmax(s, pivot, outer, MASKED: gl.constexpr, C: gl.constexpr):
-    """(p in fp32, new pivot, factor for sum and output) of (soft capped) products; base-2 logits are s * outer.
-
-    Pivots and factors are (64, 4), the same in the four threads of a row. The pivot is the largest logit so far or, if
-    LAZY, up to 8 less: then the factor is 1.
-    """
-    c = to_columns(s, C.BN)
-    top = gl.max(gl.max(c, 3), 1) * outer
-    if C.LAZY:
-        new, factor = follow_maximum(pivot, top)
-    else:
-        new = gl.maximum(pivot, gl.expand_dims(gl.max(top, 1), 1))
-    base = new
-    if MASKED:  # a row that has seen no key: -inf - -inf would be NaN
-        base = gl.where(new == float("-inf"), 0.0, new)
-    if not C.LAZY:
-        factor = gl.exp2(pivot - base)
-    p = gl.exp2(c * outer - over_columns(base, C.BN))
-    return from_columns(p, C.BN, accumulator(C.BN)), new, factor
-
-
-@gluon.jit
-def thread_sums(p, C: gl.constexpr):
-    """Row sums of what each thread holds, (64, 4): no shuffles."""
-    return gl.sum(gl.sum(to_columns(p, C.BN), 3), 1)
-
-
-@gluon.jit
-def pack(p, dtype: gl.constexpr, C: gl.constexpr):
-    """P as register operand of wgmma."""
-    return gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, accumulator(C.V0), 2), assert_trivial=True)
-
-
 @gluon.jit
 def scale_part(acc, factor, N: gl.constexpr):
     """acc * factor per row."""
     return acc * gl.expand_dims(gl.convert_layout(factor, rows_layout(N), assert_trivial=True), 1)
-
-
-@gluon.jit
-def _rescale_part(acc, factor, N: gl.constexpr, C: gl.constexpr):
-    acc, factor = to_columns(acc, N), over_columns(factor, N)
-    acc = scale_unless_one(acc, factor.broadcast_to([64, N // 8, 4, 2]), N) if C.LAZY else acc * factor
-    return from_columns(acc, N, accumulator(N))
-
-
-@gluon.jit
-def rescale_output(acc, factor, C: gl.constexpr):
-    """O * factor; if LAZY, under the products in flight."""
-    if C.V1:
-        return _rescale_part(acc[0], factor, C.V0, C), _rescale_part(acc[1], factor, C.V1, C)
-    else:
-        return (_rescale_part(acc[0], factor, C.V0, C),)
 
 
 @gluon.jit

@@ -72,56 +72,46 @@ def random_delay(MASK: gl.constexpr):
     )
 
 
-@gluon.jit
-def compute_first(l):
-    """l itself; whatever it is made of is computed before the waits that follow.
-
-    ptxas hoists wgmma.wait_group and mbarrier waits over arithmetic that does not need them, and with that the overlap
-    of softmax and tensor cores is gone. It does not hoist them over a branch. This one depends on l (two registers per
-    thread, sums of exponentials, never negative) and is never taken.
-    """
-    return gl.inline_asm_elementwise(
-        "{ .reg .pred q; setp.lt.f32 q, $2, 0f00000000; setp.lt.or.f32 q, $3, 0f00000000, q;"
-        " vote.sync.any.pred q, q, -1; @!q bra.uni FINE; nanosleep.u32 1; FINE: mov.b32 $0, $2; mov.b32 $1, $3; }",
-        "=f,=f,f,f",
-        [l],
-        dtype=gl.float32,
-        is_pure=False,
-        pack=2,
-    )
-
-
-# ---- a softmax that rarely rescales -------------------------------------------------------------------------------
-# What a row has summed is relative to a pivot, which need not be its maximum: any pivot that keeps the exponentials in
-# range gives the same result. So the pivot follows the maximum only when some row of the warp has grown by a factor of
-# 2**8 (the idea is FlashAttention-4's). Whether one has, each thread tells from its own columns: only then do the
-# threads of a row exchange their maxima. Else the factor of sums and output is 1, and multiplying is branched over.
-# All threads of a warp decide alike, and the same way in every run.
+# ---- exponentials that rarely come out too large --------------------------------------------------------------------
+# Whether one has, a warp answers for itself: all its threads decide alike, and the same way in every run. Triton can
+# make a scalar of a tensor only by asking every warp, so the answer travels in a register of the assembly, which
+# `declare_answer` names once per kernel.
 
 
 @gluon.jit
-def follow_maximum(pivot, top):
-    """(pivot, factor for what is relative to the old one); base-2 logits, one value per row and thread of a quad.
-
-    Each thread holds two rows. `top` is its own maximum; pivots are equal in the four threads of a row. A row that has
-    seen no key keeps pivot -inf and factor 1: -inf - -inf = NaN exceeds nothing.
-    """
-    return gl.inline_asm_elementwise(
-        "{ .reg .pred q; .reg .f32 a, b, c, d; sub.f32 a, $6, $4; sub.f32 b, $7, $5; max.f32 a, a, b;"
-        " setp.gt.f32 q, a, 0f41000000; vote.sync.any.pred q, q, -1;"
-        " mov.f32 $0, $4; mov.f32 $1, $5; mov.f32 $2, 0f3F800000; mov.f32 $3, 0f3F800000; @!q bra.uni FINE;"
-        " shfl.sync.bfly.b32 a, $6, 1, 31, -1; max.f32 a, a, $6; shfl.sync.bfly.b32 b, $7, 1, 31, -1; max.f32 b, b, $7;"
-        " shfl.sync.bfly.b32 c, a, 2, 31, -1; max.f32 a, a, c; shfl.sync.bfly.b32 d, b, 2, 31, -1; max.f32 b, b, d;"
-        " max.f32 $0, a, $4; sub.f32 a, $4, $0; setp.eq.f32 q, $0, $4; ex2.approx.ftz.f32 a, a;"
-        " selp.f32 $2, 0f3F800000, a, q;"
-        " max.f32 $1, b, $5; sub.f32 b, $5, $1; setp.eq.f32 q, $1, $5; ex2.approx.ftz.f32 b, b;"
-        " selp.f32 $3, 0f3F800000, b, q; FINE: }",
-        "=&f,=&f,=&f,=&f,f,f,f,f",
-        [pivot, top],
-        dtype=(gl.float32, gl.float32),
-        is_pure=False,
-        pack=2,
+def declare_answer():
+    """Must come before the first `any_large` of a kernel."""
+    gl.inline_asm_elementwise(
+        ".reg .b32 warp_answer; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
     )
+
+
+@gluon.constexpr_function
+def _any_large(n):
+    union = " ".join(f"or.b32 all, all, ${i};" for i in range(1, n))
+    return (
+        f"{{ .reg .b32 all; .reg .pred q; mov.b32 all, $0; {union} and.b32 all, all, 0x40004000;"
+        " setp.ne.b32 q, all, 0; vote.sync.any.pred q, q, -1; selp.b32 warp_answer, 1, 0, q; }"
+    )
+
+
+@gluon.constexpr_function
+def _unchanged(n):
+    return ",".join(["=r"] * n + [str(i) for i in range(n)])
+
+
+@gluon.jit
+def any_large(p, N: gl.constexpr):
+    """(p, 1 if one of the warp's is 2 or more, infinite or NaN, else 0) of a (64, N) accumulator in bf16 or fp16.
+
+    Numbers that are not negative: those below 2 are those whose highest bit of the exponent is 0.
+    """
+    n: gl.constexpr = N // 4
+    p = gl.inline_asm_elementwise(_any_large(n), _unchanged(n), [p], dtype=p.dtype, is_pure=False, pack=2 * n)
+    answer = gl.inline_asm_elementwise(
+        "mov.b32 $0, warp_answer;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+    return p, answer
 
 
 @gluon.constexpr_function

@@ -53,13 +53,15 @@ CASES = [
 ]  # fmt: skip
 
 
-def check(case: Case, changes: tuple = (), seed: int = 0, stretch: tuple[float, float] = (1, 1)) -> None:
-    """`stretch`: factors of the first and the last key, between them linear."""
+def check(case: Case, changes: tuple = (), seed: int = 0, stretch: tuple[float, float] = (1, 1), jump: float = 1):
+    """`stretch`: factors of the first and the last key, between them linear; `jump`: a factor of the second half."""
     built = build(case, device="cuda", seed=seed)
     problem, ops = built.problem, built.operands
     if stretch != (1, 1):
         factors = torch.linspace(*stretch, ops.k.shape[1], device="cuda")[:, None, None]
         ops = ops._replace(k=(ops.k * factors).to(ops.k.dtype))
+    if jump != 1:
+        ops.k[:, ops.k.shape[1] // 2 :] *= jump
     with nan_empty():
         out, lse = hopper_launch.forward(problem, ops, changes)
     want, want_lse = oracle.forward(problem, ops)
@@ -107,6 +109,12 @@ def test_every_length_around_a_tile(head_dim, causal, config):
 def test_follows_scores_that_grow_along_the_keys(head_dim, causal, stretch):
     """The output is rescaled at each of many tiles of keys, or only at the first."""
     check(Case("x", **LONG | dict(head_dim=head_dim), causal=causal), stretch=stretch)
+
+
+@pytest.mark.parametrize("head_dim, causal, config", MEASURED)
+def test_scores_may_jump_by_more_than_an_exponential_holds(head_dim, causal, config):
+    """By hundreds of powers of two from one tile of keys to the next, so that 2**difference is infinite."""
+    check(Case("x", **LONG | dict(head_dim=head_dim), causal=causal), config, jump=300)
 
 
 def test_many_sequences():
