@@ -53,7 +53,9 @@ CASES = [
 ]  # fmt: skip
 
 
-def check(case: Case, changes: tuple = (), seed: int = 0, stretch: tuple[float, float] = (1, 1), jump: float = 1):
+def check(
+    case: Case, changes: tuple = (), seed: int = 0, stretch: tuple[float, float] = (1, 1), jump: float = 1
+):
     """`stretch`: factors of the first and the last key, between them linear; `jump`: a factor of the second half."""
     built = build(case, device="cuda", seed=seed)
     problem, ops = built.problem, built.operands
