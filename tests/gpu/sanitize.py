@@ -1,7 +1,7 @@
 """Small calls of every portable kernel and of the Hopper forward, for compute-sanitizer (docs/perf has what it said):
 
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 7 python tests/gpu/sanitize.py dense
-compute-sanitizer --tool racecheck --error-exitcode 7 python tests/gpu/sanitize.py dense  # packed, cache, rotary, hopper
+compute-sanitizer --tool racecheck --error-exitcode 7 python tests/gpu/sanitize.py dense # packed, cache, rotary, hopper
 """
 
 import itertools
