@@ -1,6 +1,7 @@
 """The Hopper backward: one warp-specialised Gluon kernel for dQ, dK and dV (sm_90a), in two schedules.
 
-A producer warp feeds Q, dO and their row statistics through TMA to two consumer warpgroups, which own a tile of keys.
+Up to head dimension 128 a producer warp feeds Q, dO and their row statistics through TMA to two warpgroups, which own
+a tile of keys; above, three warpgroups share the work by product (`hopper_wide.py`).
 What runs before and after it is in `hopper_pre.py`; `hopper_launch.py` starts all of them.
 """
 
@@ -21,8 +22,8 @@ def attn_bwd_hopper(
     dk_desc, dv_desc,  # like those of k and v
     units,  # of q, dout, k, v, dk, dv: (batch stride, row stride) in 16 bytes; None unless ragged
     dq_acc,  # the same sums, for reductions from registers
-    zeroed,  # programs that have zeroed their share of a pair's sums
-    turns,  # programs that have added to each piece of dQ; None unless ordered
+    zeroed,  # programs (at 256, warps) that have zeroed their share of a pair's sums
+    turns,  # programs (at 256, warps) that have added to each piece of dQ; None unless ordered
     seqs,  # (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k), each may be None
     sizes,  # (max_q, max_k, heads, kv_heads, batch * kv_heads, width of a group, key tiles, padded query tiles,
     # how many pairs ahead sums are zeroed, then `hopper_launch.Plan.dividers` and query heads per kv head)
@@ -31,7 +32,7 @@ def attn_bwd_hopper(
     scale,
     F: gl.constexpr, T: gl.constexpr,
 ):  # fmt: skip
-    """dQ, dK and dV of one key tile per program; grid (key tiles * batch * kv_heads,), 4 warps plus 5."""
+    """dQ, dK and dV of one key tile per program; grid (key tiles * batch * kv_heads,), 12 warps or fewer."""
     # buffers of the key tile: one per warpgroup where each owns its keys
     BLOCKS: gl.constexpr = 1 if T.D == 256 else 2
     STAGES: gl.constexpr = T.STAGES
@@ -65,19 +66,21 @@ def attn_bwd_hopper(
     bars = (q_full, do_full, kv_full, dq_empty)
     loads = (q_desc, do_desc, k_desc, v_desc, stats_desc)
     loaded = (q_s, do_s, k_s, v_s, lse_s, delta_s)
-    # 240 registers for a consumer's thread, 24 for the producer's
     problem = (seqs, sizes, band, scores, scale)
     load = (loads, units, zeroed, turns, loaded, bars, problem)
     if T.D == 256:
         rings = (q_s, do_s, k_s, v_s, lse_s, delta_s, other_s, ds_s)
         work = ((dk_desc, dv_desc), units, dq_acc, turns, rings, bars, problem)
+        wide = (loads, units, loaded, bars)
+        # 200 registers for a thread of dV and of dK, 104 of dQ
         gl.warp_specialize([
-            (hopper_wide.consume, (work, 0, F, T)), (hopper_wide.consume, (work, 1, F, T)), (produce, (load, F, T)),
-            (zero_ahead, (dq_acc, zeroed, seqs, sizes, T)),
-        ], [4, 1, 1], [240, 24, 24])  # fmt: skip
+            (hopper_wide.sum_dv, (work, F, T)), (hopper_wide.sum_dk, (work, F, T)),
+            (hopper_wide.sum_dq, (work, wide, zeroed, F, T)),
+        ], [4, 4], [200, 104])  # fmt: skip
     else:
         rings = (q_s, do_s, k_s, v_s, lse_s, delta_s, ds_s, other_s)
         tile = ((dq_desc, dk_desc, dv_desc), units, rings, bars, problem)
+        # 240 registers for a consumer's thread, 24 for the producer's
         if T.ORDERED:
             write = (dq_desc, dq_acc, zeroed, turns, other_s, bars, problem)
             gl.warp_specialize([

@@ -35,9 +35,9 @@ class Schedule(NamedTuple):
     BLOCK_M: int  # queries a step
     BLOCK_N: int  # keys of a program
     STAGES: int  # ring of Q and dO tiles
-    DS_STAGES: int  # dS buffers
+    DS_STAGES: int  # pairs of dS buffers
     DEFER: bool = False  # dQ of a step is computed in the next one
-    ORDERED: bool = False  # programs add to dQ in a fixed order; up to 128, warps of their own do it
+    ORDERED: bool = False  # programs add to dQ in a fixed order
     DELAY: int = 0  # debug build: warps sleep up to so many nanoseconds here and there, to provoke races
 
 
@@ -62,10 +62,6 @@ def supports(problem: Problem) -> str | None:
         (problem.paged, "paged keys have no backward"),
         (problem.leftpad, "left-padded keys"),
         (problem.batch_idx, "cache_batch_idx"),
-        (
-            problem.deterministic and problem.right is not None and problem.head_dim > 128,
-            "deterministic sums of dQ, causal, head dimension above 128: the portable kernels are faster",
-        ),
     )  # fmt: skip
     return next((reason for refused, reason in checks if refused), None)
 
@@ -95,12 +91,25 @@ def schedule(problem: Problem) -> Schedule:
 
 
 def group_width(problem: Problem) -> int:
-    """(batch, kv head) pairs whose key tiles alternate: as many as keep their Q and dO in 16 MiB of L2."""
+    """(batch, kv head) pairs whose key tiles alternate: as many as keep their Q and dO in 16 MiB of L2.
+
+    Ordered sums want more where a mask makes key tiles short: a tile cannot start faster after the one before in its
+    pair than turns are passed on. See docs/perf/hopper-backward.md for the times behind the other numbers.
+    """
     if problem.right is None and not problem.deterministic:
         return 1
     bytes_of_pair = problem.max_q * (problem.head_dim + problem.head_dim_v) * 2 * problem.group
-    width, fit = 1, max(1, (16 << 20) // bytes_of_pair)
-    while width * 2 <= min(fit, problem.batch * problem.kv_heads):
+
+    def fit(mebibytes: int) -> int:
+        return max(1, (mebibytes << 20) // bytes_of_pair)
+
+    most = fit(16)
+    if problem.deterministic and problem.right is not None:
+        most = min(fit(64), max(16, most))
+    elif problem.deterministic and problem.head_dim <= 128:
+        most = fit(8)
+    width = 1
+    while width * 2 <= min(most, problem.batch * problem.kv_heads):
         width *= 2
     return width
 
@@ -290,13 +299,13 @@ def _before(problem, p, ops, out, lse, dout, dlse, work) -> Tensor | None:
     parts = None
     if ops.sink is not None:
         parts = torch.empty(problem.heads, problem.batch * p.blocks, dtype=torch.float32, device=dout.device)
-    # the main kernel adds outer * (q.k + initial value), or with a softcap or at 256 uses the base-2 lse itself
-    lse_scale = LOG2E if T.D == 256 or problem.softcap > 0 else 1.0 / problem.scale
+    # the main kernel adds outer * (q.k + initial value), or with a softcap uses the base-2 lse itself
+    lse_scale = LOG2E if problem.softcap > 0 else 1.0 / problem.scale
     args = (
         out, dout, lse, dlse, ops.sink, work.stats, work.dq_acc, work.zeroed, work.turns, parts,
         _strides(out, packed), _strides(dout, packed),
         _row_strides(lse, packed), _row_strides(dlse, packed), (ops.cu_seqlens_q, ops.seqused_q),
-        (problem.max_q, work.tiles, problem.kv_heads, p.ahead, p.key_tiles), lse_scale,
+        (problem.max_q, work.tiles, problem.kv_heads, p.ahead, p.key_tiles * (4 if T.D == 256 else 1)), lse_scale,
     )  # fmt: skip
     constants = dict(BLOCK_M=T.BLOCK_M, ROWS=p.rows, D=T.D, DV=T.DV, DIM_V=problem.head_dim_v)
     sink = None if ops.sink is None else ops.sink.dtype

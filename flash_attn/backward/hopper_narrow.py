@@ -35,9 +35,7 @@ from flash_attn.tile.score import capped, dcapped
 
 
 @gluon.jit
-def _probabilities(
-    s, lse_s, masked, lo, hi, scores, BLOCK_M: gl.constexpr, SL: gl.constexpr, F: gl.constexpr
-):
+def probabilities(s, lse_s, masked, lo, hi, scores, BLOCK_M: gl.constexpr, SL: gl.constexpr, F: gl.constexpr):
     """(P^T, x of `tile/score.py`) of a tile of products, keys down."""
     inner, outer = scores
     x = capped(s, inner, F)
@@ -136,7 +134,7 @@ def consume(work, WG: gl.constexpr, F: gl.constexpr, T: gl.constexpr):
         dp = warpgroup_mma(v_w, do.permute((1, 0)), dp_init, is_async=True)
         s = warpgroup_mma_wait(1, deps=(s,))
         masked = needs_mask(m, whole, F)
-        p, x = _probabilities(
+        p, x = probabilities(
             s, lse_s.index(st), masked, lo - m * BLOCK_M, hi - m * BLOCK_M, scores, BLOCK_M, SL, F
         )
         p16 = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, VL, 2), assert_trivial=True)

@@ -59,6 +59,33 @@ def spin_until(counter, value):
 
 
 @gluon.jit
+def peek(counter):
+    """*counter, loaded while other work is done: what needs the value waits, not this."""
+    return gl.inline_asm_elementwise(
+        "ld.relaxed.gpu.global.b32 $0, [$1];",
+        "=r,l",
+        [counter.to(gl.int64)],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def spin_unless(seen, counter, value):
+    """`spin_until`, but without a load if `seen`, a peek before this thread's last `fence_gpu`, was `value` already."""
+    gl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .b32 t; mov.b32 t, $1; bra.uni TEST; WAIT: ld.acquire.gpu.global.b32 t, [$2];"
+        " TEST: setp.ne.b32 p, t, $3; @p bra.uni WAIT; fence.proxy.async; mov.u32 $0, 0; }",
+        "=r,r,l,r",
+        [seen, counter.to(gl.int64), gl.to_tensor(value)],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
 def count_up(counter):
     """One thread of a warp adds 1 to *counter, behind everything it has seen complete.
 

@@ -9,7 +9,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from flash_attn.backward.hopper_ops import bulk_wait_all, count_up, fence_gpu, spin_until
+from flash_attn.backward.hopper_ops import bulk_wait_all, count_up, fence_gpu, peek, spin_unless, spin_until
 from flash_attn.tile.hopper import barrier_sync, random_delay, tma_load, tma_reduce_add, tma_rows
 from flash_attn.tile.rows import sequence
 
@@ -152,18 +152,10 @@ def turn_of(n, m, M, N, band, F: gl.constexpr, T: gl.constexpr):
 
 
 @gluon.jit
-def pass_turns(turns, query_tile):
-    """Let the next program add to both pieces of a query tile of dQ; called by one warp that has seen them arrive."""
-    fence_gpu()
-    count_up(turns + query_tile * 2)
-    count_up(turns + query_tile * 2 + 1)
-
-
-@gluon.jit
 def zero_ahead(dq_acc, zeroed, seqs, sizes, T: gl.constexpr):
-    """One warp zeroes this program's share of the sums of dQ of a pair that is worked on some waves later.
+    """Zero this program's share of the sums of dQ of a pair that is worked on some waves later; by one warp, or four.
 
-    Zeroed before the kernel, they would go to memory and back. `zeroed` counts the programs that are done with a pair.
+    Zeroed before the kernel, they would go to memory and back. `zeroed` counts the warps that are done with a pair.
     """
     n, pair = order(gl.program_id(0), sizes)
     later = pair + sizes[8]
@@ -173,7 +165,8 @@ def zero_ahead(dq_acc, zeroed, seqs, sizes, T: gl.constexpr):
         side = query_side(b, seqs[0], None, sizes[0], T)
         group = sizes[2] // kv_heads
         h = (later - b * kv_heads) * group
-        L: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
+        WARPS: gl.constexpr = 4 if T.D == 256 else 1
+        L: gl.constexpr = gl.BlockedLayout([4], [32], [WARPS], [0])
         nothing = gl.zeros([1024], gl.float32, L)
         for _ in range(group):
             for m in range(n, (side[2] + T.BLOCK_M - 1) // T.BLOCK_M, sizes[6]):
@@ -187,10 +180,10 @@ def zero_ahead(dq_acc, zeroed, seqs, sizes, T: gl.constexpr):
 
 
 @gluon.jit
-def wait_for_zeros(zeroed, sizes):
-    """Wait until the sums of dQ of this program's pair are zeroed."""
+def wait_for_zeros(zeroed, sizes, WARPS: gl.constexpr):
+    """Wait until the sums of dQ of this program's pair are zeroed; WARPS: how many count in a program."""
     n, pair = order(gl.program_id(0), sizes)
-    spin_until(zeroed + pair, sizes[6])
+    spin_until(zeroed + pair, sizes[6] * WARPS)
 
 
 @gluon.jit
@@ -219,16 +212,12 @@ def produce(work, F: gl.constexpr, T: gl.constexpr):
     STEP: gl.constexpr = direction(F, T)
     m = first_tile(lo, hi, STEP)
     stats = (h * sizes[7] + tile0 + m) * 2
-    older, old = stats // 2, stats // 2  # query tiles of the two steps before
     for it in range(total):
         if T.DELAY:
             random_delay(T.DELAY)
         st = it % T.STAGES
         if it >= T.STAGES:
             barrier_sync(BAR_Q + st, 288)
-            if T.ORDERED and T.D == 256:
-                pass_turns(turns, older)  # both warpgroups have added to it before they gave the slot back
-        older, old = old, stats // 2
         full = q_full.index(st)
         mbarrier.expect(full, q_desc.block_type.nbytes + 2 * stats_desc.block_type.nbytes)
         tma_load(q_desc, box(q_side, h, m * T.BLOCK_M, M, units[0], F.ragged), full, q_s.index(st))
@@ -238,7 +227,7 @@ def produce(work, F: gl.constexpr, T: gl.constexpr):
                 at = box(k_side, hk, key0 + i * ROWS, N, units[3], F.ragged)
                 tma_load(v_desc, at, kv_full.index(0), v_s.index(i))
             # under the loads: nobody adds to the sums before the row statistics are there
-            wait_for_zeros(zeroed, sizes)
+            wait_for_zeros(zeroed, sizes, 1)
         tma_load(stats_desc, [stats * T.BLOCK_M], full, lse_s.index(st))
         tma_load(stats_desc, [(stats + 1) * T.BLOCK_M], full, delta_s.index(st))
         if it >= T.STAGES:
@@ -252,10 +241,6 @@ def produce(work, F: gl.constexpr, T: gl.constexpr):
             m = first_tile(lo, hi, STEP)
             h += 1
             stats = (h * sizes[7] + tile0 + m) * 2
-    if T.ORDERED and T.D == 256:
-        for it in range(gl.maximum(total - 2, 0), total):
-            barrier_sync(BAR_Q + it % T.STAGES, 288)
-            pass_turns(turns, gl.where(it == total - 1, old, older))
 
 
 @gluon.jit
@@ -281,21 +266,24 @@ def write_dq(work, WG: gl.constexpr, F: gl.constexpr, T: gl.constexpr):
         if hi > lo:
             barrier_sync(BAR_DQ + WG, 160)  # the first piece is the dQ of nothing
             mbarrier.arrive(dq_empty, count=1)
+    seen = gl.to_tensor(-1)
     for _ in range((hi - lo) * group):
         if T.ORDERED:
-            spin_until(turns + piece, turn_of(n, m, M, N, band, F, T))
+            spin_unless(seen, turns + piece, turn_of(n, m, M, N, band, F, T))
         if T.DELAY:
             random_delay(T.DELAY)
         barrier_sync(BAR_DQ + WG, 160)
         tma_reduce_add(dq_desc, [piece * ROWS, 0], dq_s.index(WG))
         tma.store_wait(0)
         mbarrier.arrive(dq_empty, count=1)
-        if T.ORDERED:
-            bulk_wait_all()
-            fence_gpu()
-            count_up(turns + piece)
+        added = turns + piece
         m += STEP
         piece += 2 * STEP
         if (m == hi) | (m < lo):
             m = first_tile(lo, hi, STEP)
             piece += (sizes[7] - (hi - lo) * STEP) * 2
+        if T.ORDERED:
+            seen = peek(turns + piece)  # the next turn, on its way while this piece is
+            bulk_wait_all()
+            fence_gpu()
+            count_up(added)
