@@ -24,7 +24,7 @@ def tracing(x: Any) -> bool:
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return True
-    return type(x) is not Tensor and is_traceable_wrapper_subclass(x) and not x.is_nested
+    return type(x) is not Tensor and is_traceable_wrapper_subclass(x) and not getattr(x, "is_nested", False)
 
 
 @torch.library.custom_op("flash_attn::_attention_forward", mutates_args=())
