@@ -49,6 +49,9 @@ CASES = [
         ("ordered", dict(causal=True, deterministic=True)),
     )),
     Case("mqa", **LONG, heads=8, kv_heads=1, causal=True),
+    # 14 pairs in groups of 8: the last group is of another width
+    *(Case(f"odd_groups_{d}", batch=7, heads=6, kv_heads=2, max_q=300, max_k=390, head_dim=d, dtype=BF16, causal=True)
+      for d in (64, 128, 256)),
     Case("mla_192_128", **LONG | dict(head_dim=192), head_dim_v=128, causal=True),
     Case("mla_packed", head_dim=192, head_dim_v=128, dtype=BF16, causal=True, **PACKED),
     *(Case(f"head_dim_{d}", **LONG | dict(head_dim=d), causal=True) for d in (40, 72, 96, 160, 192, 224)),
