@@ -99,7 +99,7 @@ def run_forward(
     # are; by id, since hashing its fields takes longer than all else here. The recording keeps it alive.
     key: tuple = (
         "forward", id(problem), q.get_device(), forced or dispatch.forced_backend(), device.assumed(),
-        table.overridden(), problem.dtype is torch.float32 and precision(problem.dtype), q.shape, k.shape,
+        table.overridden(), problem.dtype is torch.float32 and precision(problem), q.shape, k.shape,
         q.is_contiguous() or q.stride(), k.is_contiguous() or k.stride(), v.is_contiguous() or v.stride(),
     )  # fmt: skip
     tensors: tuple[Tensor | None, ...] = ops
@@ -130,7 +130,7 @@ def run_backward(problem: Problem, ops: Operands, out, lse, dout, dlse, into, fo
     strided = (q, k, v, out, lse, dout, dlse, *into)
     key = (
         "backward", id(problem), q.get_device(), forced or dispatch.forced_backend(), device.assumed(),
-        backward.overridden(), problem.dtype is torch.float32 and precision(problem.dtype), q.shape, k.shape,
+        backward.overridden(), problem.dtype is torch.float32 and precision(problem), q.shape, k.shape,
         problem.alibi and _meta(ops.alibi_slopes),
         *[x if x is None else x.is_contiguous() or x.stride() for x in strided],
     )  # fmt: skip

@@ -111,7 +111,7 @@ def _common(
         block_m=tile.block_m, block_n=tile.block_n, D=problem.head_dim, DV=problem.head_dim_v,
         d1=d1, d2=d2, v1=v1, v2=v2,
         rows_first=tile.rows_first or features.dropout > 0,  # the keys of a Philox call must lie side by side in a row
-        precision=precision(problem.dtype),
+        precision=precision(problem),
         one_loop=tile.one_loop or problem.left is not None,  # two loops do not know the left edge
     )  # fmt: skip
     return args, dict(F=features, T=tiling)

@@ -224,7 +224,7 @@ def forward(problem: Problem, ops: Operands) -> tuple[Tensor, Tensor]:
         (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15,
         ops.alibi_slopes is not None and ops.alibi_slopes.stride(),
         ops.block_table is not None and ops.block_table.stride(),
-        ops.sink is not None and ops.sink.dtype, precision(problem.dtype),
+        ops.sink is not None and ops.sink.dtype, precision(problem),
     )  # fmt: skip
     ready = _prepared.get(key)
     if ready is None:

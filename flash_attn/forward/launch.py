@@ -89,7 +89,7 @@ def forward(problem: Problem, ops: Operands) -> tuple[Tensor, Tensor]:
         problem, q.stride(), k.stride(), v.stride(), q.shape[0], q.get_device(),
         (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15,
         slopes is not None and slopes.stride(), pages is not None and pages.stride(), sink is not None and sink.dtype,
-        precision(problem.dtype), table.overridden(),
+        precision(problem), table.overridden(),
     )  # fmt: skip
     ready = _prepared.get(key)
     if ready is None:
@@ -208,7 +208,7 @@ def features(problem: Problem, config: FwdConfig) -> Features:
         positive=problem.scale > 0 or problem.softcap > 0,
         fast_tanh=problem.dtype.itemsize == 2 and problem.device == "cuda" and not torch.version.hip,
         page_tiles=problem.paged and not problem.leftpad and problem.page_size % config.block_n == 0,
-        precision=precision(problem.dtype),
+        precision=precision(problem),
     )
 
 

@@ -33,7 +33,7 @@ def backward_config(problem: Problem) -> tuple[BwdConfig, BwdConfig]:
     """(tile of attn_bwd_dkdv, tile of attn_bwd_dq) on the current device."""
     if _override is not None:
         return _override
-    return _lookup(problem._replace(batch=0, scale=0.0), devices.info(), precision(problem.dtype))
+    return _lookup(problem._replace(batch=0, scale=0.0), devices.info(), precision(problem))
 
 
 def cut(dim: int) -> tuple[int, int]:
@@ -97,7 +97,7 @@ def _lookup(problem: Problem, device: DeviceInfo | None, products: str) -> tuple
 
 
 def rule(problem: Problem, device: DeviceInfo, products: str = "ieee") -> tuple[BwdConfig, BwdConfig]:
-    """Tiles for what was never measured; `products` is `precision(problem.dtype)`."""
+    """Tiles for what was never measured; `products` is `precision(problem)`."""
     D = max(sum(cut(problem.head_dim)), sum(cut(problem.head_dim_v)))
     if problem.dtype.itemsize == 4:
         if D <= 64 and products != "ieee":

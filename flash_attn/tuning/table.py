@@ -34,7 +34,7 @@ def forward_config(problem: Problem) -> FwdConfig:
     """The tile sizes of a forward on the current device."""
     if _override is not None:
         return _override
-    return _lookup(problem._replace(batch=0, scale=0.0), devices.info(), precision(problem.dtype))
+    return _lookup(problem._replace(batch=0, scale=0.0), devices.info(), precision(problem))
 
 
 def overridden() -> FwdConfig | None:
@@ -75,7 +75,7 @@ def describe(problem: Problem) -> dict[str, Any]:
         dropout=problem.dropout_p > 0,
         max_q=problem.max_q,
         max_k=problem.max_k,
-    ) | (dict(products=precision(problem.dtype)) if problem.dtype is torch.float32 else {})
+    ) | (dict(products=precision(problem)) if problem.dtype is torch.float32 else {})
 
 
 def nearest(problem: Problem, device: DeviceInfo, direction: str = "forward") -> dict[str, Any] | None:
@@ -101,7 +101,7 @@ def nearest(problem: Problem, device: DeviceInfo, direction: str = "forward") ->
 
 
 def rule(problem: Problem, device: DeviceInfo, products: str = "ieee") -> FwdConfig:
-    """Tiles for what was never measured; `products` is `precision(problem.dtype)`."""
+    """Tiles for what was never measured; `products` is `precision(problem)`."""
     D = max(padded(problem.head_dim), padded(problem.head_dim_v))
     if problem.dtype.itemsize == 4:
         if D > 128:
