@@ -17,6 +17,7 @@ from flash_attn.problem import Problem
 
 REQUIRED = ("kind", "backend", "B", "H", "Hk", "M", "N", "D", "dtype", "time_us", "gpu")
 OURS = ("hopper", "triton")
+CALLS = ("eager call",)  # kinds that hold the host's time too
 
 
 class Row(NamedTuple):
@@ -141,7 +142,8 @@ def load(paths: Sequence[Path], backends: Sequence[str] = OURS) -> list[Row]:
     """The rows of `paths` that `backends` made. Files that hold something else than rows are passed over.
 
     Of a call that was measured several times only the latest date counts: the kernels were changed in between. Ordered
-    sums of dQ (Hopper, deterministic) are passed over: the model does not know what waiting for each other costs.
+    sums of dQ (Hopper, deterministic) are passed over: the model does not know what waiting for each other costs. So are
+    times of whole calls, which are the host's.
     """
     rows: dict[tuple, Row] = {}
     for path in paths:
@@ -152,7 +154,8 @@ def load(paths: Sequence[Path], backends: Sequence[str] = OURS) -> list[Row]:
         if not isinstance(found, list) or not isinstance(meta, dict):
             continue
         for fields in found:
-            if isinstance(fields, dict) and "time_us" in fields and fields.get("backend") in backends:
+            ours = isinstance(fields, dict) and "time_us" in fields and fields.get("backend") in backends
+            if ours and fields.get("kind") not in CALLS:
                 row = row_of(meta | fields, path.name)
                 if row.problem.deterministic and row.family == "hopper/backward":
                     continue
