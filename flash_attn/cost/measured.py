@@ -142,8 +142,8 @@ def load(paths: Sequence[Path], backends: Sequence[str] = OURS) -> list[Row]:
     """The rows of `paths` that `backends` made. Files that hold something else than rows are passed over.
 
     Of a call that was measured several times only the latest date counts: the kernels were changed in between. Ordered
-    sums of dQ (Hopper, deterministic) are passed over: the model does not know what waiting for each other costs. So are
-    times of whole calls, which are the host's.
+    sums of dQ (Hopper, deterministic) are passed over: the model does not know what waiting for each other costs. Times
+    of whole calls are passed over too: they are the host's.
     """
     rows: dict[tuple, Row] = {}
     for path in paths:
