@@ -173,6 +173,15 @@ class TestKernel:
         p, ops, *_ = build(case)
         check(p, ops, *decode.run(p, ops, CONFIG, spans))
 
+    @pytest.mark.parametrize("spans", [1, 3])
+    def test_sink_of_minus_infinity_is_no_sink(self, spans):
+        """Also for the rows that see no key: -inf - -inf must not make them NaN."""
+        p, ops, *_ = build(Case("sink", max_q=3, max_k=70, causal=True, seqused_k=(0, 40), sink=True))
+        ops.sink[1:] = -math.inf
+        out, lse = decode.run(p, ops, CONFIG, spans)
+        check(p, ops, out, lse)
+        assert lse[0, 1:].eq(-math.inf).all() and out[0].eq(0).all()
+
     def test_half_precision(
         self,
     ):  # bfloat16 waits for a GPU: Triton 3.6's interpreter multiplies it as integers

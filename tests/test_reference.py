@@ -71,6 +71,17 @@ def test_sink_takes_its_share_and_rows_without_keys_give_zero():
         torch.testing.assert_close(out[:, i], total / (i - 1 + sink.exp())[:, None], **CLOSE)
 
 
+@pytest.mark.parametrize("forward", [attention.forward, eager.forward])
+def test_sink_of_minus_infinity_is_no_sink(forward):
+    """Also for the rows that see no key."""
+    p, ops, *_ = build(Case("sink", causal=True, max_q=5, max_k=3, sink=True), dtype=torch.float64)
+    got = forward(p, ops._replace(sink=torch.full_like(ops.sink, -math.inf)))
+    want = forward(p._replace(sink=False), ops._replace(sink=None))
+    for x, w in zip(got, want, strict=True):
+        torch.testing.assert_close(x, w, **CLOSE)
+    assert got[1][:, :, :2].eq(-math.inf).all() and got[0].isfinite().all()
+
+
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_either_infinity_as_lse_means_that_a_row_saw_nothing(sign):
     p, ops, *_ = build(Case("empty", causal=True, max_q=7, max_k=3))

@@ -117,6 +117,16 @@ def test_rows_that_nobody_owns_are_written():
     check(problem, ops._replace(q=torch.cat([ops.q, tail])))
 
 
+@pytest.mark.parametrize("split", [False, True])
+def test_sink_of_minus_infinity_is_no_sink(split):
+    """Also for the 10 rows that see no key: -inf - -inf must not make them NaN."""
+    case = Case("sink", sink=True, causal=True, max_q=30, max_k=20)
+    problem, ops, *_ = build(case, DEVICE)
+    ops.sink[1:] = -torch.inf
+    got = check(problem, ops, SMALL._replace(split=split))
+    assert got[1][:, 1:, :10].eq(-torch.inf).all() and got[0][:, :10].eq(0).all()
+
+
 def test_many_sequences():
     """More than the 128 that one step of the search for a tile's sequence looks at."""
     lengths = tuple(i % 3 for i in range(150))

@@ -124,8 +124,9 @@ def finish(pivot, l, rows, work, sink, C: gl.constexpr):
     if C.sink:
         s = gl.load(sink + work.h).to(gl.float32) * LOG2E
         pivot = gl.maximum(top, s)
-        shrink = gl.exp2(top - pivot)
-        l = l * shrink + gl.exp2(s - pivot)
+        base = gl.where(pivot == float("-inf"), 0.0, pivot)  # neither key nor sink: -inf - -inf would be NaN
+        shrink = gl.exp2(top - base)
+        l = l * shrink + gl.exp2(s - base)
         top = pivot
     empty = l == 0.0
     safe = gl.where(empty, 1.0, l)

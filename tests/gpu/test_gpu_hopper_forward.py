@@ -119,6 +119,23 @@ def test_scores_may_jump_by_more_than_an_exponential_holds(head_dim, causal, con
     check(Case("x", **LONG | dict(head_dim=head_dim), causal=causal), config, jump=300)
 
 
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_sink_of_minus_infinity_is_no_sink(head_dim):
+    """Also for the 200 rows that see no key: -inf - -inf must not make them NaN."""
+    case = Case("x", **LONG | dict(head_dim=head_dim, max_q=500, max_k=300), causal=True, sink=True)
+    built = build(case, device="cuda")
+    sink = built.operands.sink.clone()
+    sink[1:] = -torch.inf
+    ops = built.operands._replace(sink=sink)
+    with nan_empty():
+        out, lse = hopper_launch.forward(built.problem, ops)
+    want, want_lse = oracle.forward(built.problem, ops)
+    plain, plain_lse = eager.forward(built.problem, ops)
+    assert_as_close_as_torch(out, want, plain, name="out")
+    assert_as_close_as_torch(lse, want_lse, plain_lse, name="lse")
+    assert lse[:, 1:, :200].eq(-torch.inf).all() and out[:, :200].eq(0).all()
+
+
 def test_many_sequences():
     """More than one round of the search for a packed tile's sequence."""
     lengths = tuple((1, 3, 17, 64, 100, 0, 130)[i % 7] for i in range(300))
