@@ -8,7 +8,8 @@ import triton
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 
-from flash_attn.forward.hopper import Config, attn_fwd_hopper
+from flash_attn.forward.hopper import attn_fwd_hopper
+from flash_attn.forward.hopper_config import Config
 from flash_attn.problem import Operands, Problem
 from flash_attn.tile.hopper import RAGGED_ROWS
 from flash_attn.tile.score import factors
