@@ -216,10 +216,12 @@ def _store(
 
 @triton.jit
 def _over_rows(
-    dk, dv, k_tile, v_tile, q, do, q_rows, do_rows, q_stride, do_stride, lse2_at, delta_at, c, col_lo, span, M, N, bh,
-    factors, slope, band, rng, threshold, F: tl.constexpr, KIND: tl.constexpr, T: tl.constexpr,
+    dk, dv, k_tile, v_tile, q, do, q_rows, do_rows, q_stride, do_stride, lse2_at, delta_at, own, where, c, col_lo,
+    span, M, N, bh, factors, slope, band, rng, threshold, F: tl.constexpr, KIND: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """Add the rows [span[0], span[3]) of one head to dk and dv; [span[1], span[2]) see all keys of the block.
+
+    where: (first row, head, sequence); `own` as for attn_bwd_dkdv.
 
     KIND 0: both sorts of tiles, with a uniform branch; 1: all of them need the mask; 2: none does.
 
@@ -231,7 +233,14 @@ def _over_rows(
         r = m + tl.arange(0, T.block_m)
         q_tile = _load(q + m * q_stride, q_rows, r < M, T.D, T.d1, T.d2)
         do_tile = _load(do + m * do_stride, do_rows, r < M, T.DV, T.v1, T.v2)
-        lse2, delta = tl.load(lse2_at + r), tl.load(delta_at + r)
+        if lse2_at is not None:
+            lse2, delta = tl.load(lse2_at + r), tl.load(delta_at + r)
+        else:
+            out = own[0] + where[1] * own[1][2]
+            lse2, delta = _statistics(
+                out, do_tile, own[1], own[2], own[3], own[4], where[0], where[1], where[2], r, M, T
+            )  # fmt: skip
+            delta *= own[5]
         edge, kept = KIND == 1, None
         if KIND == 0:
             edge = (m < span[1]) | (m >= span[2])
@@ -266,6 +275,7 @@ def _over_rows(
 def attn_bwd_dkdv(
     q, k, v, dout, dk, dv, q_strides, k_strides, v_strides, dout_strides, dk_strides, dv_strides,
     stats, stats_strides,  # (lse2, delta), their (batch, head) strides
+    own,  # (out, its strides, lse, dlse, lse_strides, keep_share) of attn_bwd_dq to make statistics of; else None
     lengths,  # (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k): pointers or None
     sizes,  # (max_q, max_k, query heads per kv head, query heads, batch, blocks, rows of a packed k)
     band,
@@ -320,8 +330,11 @@ def attn_bwd_dkdv(
             head = kv_head * sizes[2] + g
             q_at = q + b * q_strides[0] + start_q * q_strides[1] + head * q_strides[2]
             do_at = dout + b * dout_strides[0] + start_q * dout_strides[1] + head * dout_strides[2]
-            at = b * stats_strides[0] + head * stats_strides[1] + _stats_start(lengths[0], start_q, b)
-            lse2_at, delta_at = tl.multiple_of(stats[0] + at, 16), tl.multiple_of(stats[1] + at, 16)  # bytes
+            if stats is not None:
+                at = b * stats_strides[0] + head * stats_strides[1] + _stats_start(lengths[0], start_q, b)
+                lse2_at, delta_at = tl.multiple_of(stats[0] + at, 16), tl.multiple_of(stats[1] + at, 16)  # bytes
+            else:
+                lse2_at, delta_at = None, None
             slope = 0.0
             if F.alibi:
                 slope = tl.load(alibi[0] + b * alibi[1] + head) * LOG2E
@@ -332,8 +345,8 @@ def attn_bwd_dkdv(
                     span = (lo, a, a, a) if part == 0 else (a, a, hi, hi)
                 dk_acc, dv_acc = _over_rows(
                     dk_acc, dv_acc, k_tile, v_tile, q_at, do_at, q_rows, do_rows, q_strides[1], dout_strides[1],
-                    lse2_at, delta_at, c, col_lo, span, M, N, b * sizes[3] + head, factors, slope, band,
-                    rng, threshold, F, 0 if T.one_loop else part + 1, T,
+                    lse2_at, delta_at, own, (start_q, head, b), c, col_lo, span, M, N, b * sizes[3] + head, factors,
+                    slope, band, rng, threshold, F, 0 if T.one_loop else part + 1, T,
                 )  # fmt: skip
 
         dk_rows, dv_rows = row_offsets(c, start_k, b, dk_strides), row_offsets(c, start_k, b, dv_strides)
@@ -393,7 +406,7 @@ def attn_bwd_dq(
     lse, dlse, lse_strides,  # natural log; dlse may be None; ((batch, head, row) strides of each)
     sink, dsink,  # (H,) logits or None; room for one partial sum per program
     keep_share,  # 1 - dropout_p
-    stats, stats_strides, lengths,
+    stats, stats_strides, lengths,  # stats may be None
     sizes,  # (max_q, max_k, query heads per kv head, query heads, batch, blocks, rows of a packed q)
     band, factors, alibi, drop,  # as for attn_bwd_dkdv
     F: tl.constexpr, T: tl.constexpr,
@@ -434,9 +447,10 @@ def attn_bwd_dq(
                 share = tl.math.exp2(tl.load(sink + head).to(tl.float32) * LOG2E - lse2)
                 tl.store(dsink + tl.program_id(0), -tl.sum(share * delta, 0))
             delta *= keep_share  # the other factors of dropout are applied to whole gradients at the end
-            at = b * stats_strides[0] + head * stats_strides[1] + _stats_start(lengths[0], start_q, b)
-            tl.store(stats[0] + at + r, lse2)
-            tl.store(stats[1] + at + r, delta)
+            if stats is not None:
+                at = b * stats_strides[0] + head * stats_strides[1] + _stats_start(lengths[0], start_q, b)
+                tl.store(stats[0] + at + r, lse2)
+                tl.store(stats[1] + at + r, delta)
         slope = 0.0
         if F.alibi:
             slope = tl.load(alibi[0] + b * alibi[1] + head) * LOG2E

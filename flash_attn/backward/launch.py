@@ -41,13 +41,13 @@ def supports(problem: Problem) -> str | None:
     return None
 
 
-def _strides(x: Tensor) -> tuple[int, int, int]:
+def strides(x: Tensor) -> tuple[int, int, int]:
     """(batch, row, head) strides; a packed tensor has batch stride 0."""
     s = x.stride()
     return (s[0], s[1], s[2]) if x.dim() == 4 else (0, s[0], s[1])
 
 
-def _row_strides(x: Tensor | None) -> tuple[int, int, int]:
+def row_strides(x: Tensor | None) -> tuple[int, int, int]:
     """(batch, head, row) strides of per-row statistics, (B, H, M) or packed (H, total)."""
     if x is None:
         return (0, 0, 0)
@@ -55,9 +55,15 @@ def _row_strides(x: Tensor | None) -> tuple[int, int, int]:
     return (s[0], s[1], s[2]) if x.dim() == 3 else (0, s[0], s[1])
 
 
-def _readable(x: Tensor) -> Tensor:
+def readable(x: Tensor) -> Tensor:
     """x, copied where its last dimension is not contiguous or a tile of rows would span 2^31 elements."""
     return x if x.stride(-1) == 1 and x.stride(-3) < 2**24 else x.contiguous()
+
+
+def targets(ops: Operands, into: tuple[Tensor | None, Tensor | None, Tensor | None]) -> list[Tensor]:
+    """dq, dk and dv: those given, others new."""
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) if y is None else y
+            for x, y in zip(ops[:3], into, strict=True)]  # fmt: skip
 
 
 def cdiv(a: int, b: int) -> int:
@@ -87,14 +93,16 @@ def grid(packed: bool, total: int, longest: int, block: int, heads: int, batch: 
     return blocks, blocks * heads * batch
 
 
-def _common(
-    problem: Problem, ops: Operands, stats: Statistics, sizes: tuple, tile: BwdConfig
-) -> tuple[tuple, dict]:
-    """(the last run-time arguments, constants) of both kernels."""
+def _statistics_at(stats: Statistics) -> tuple:
+    """As arguments of the kernels."""
+    return (stats.lse2, stats.delta), row_strides(stats.lse2)[:2]
+
+
+def common(problem: Problem, ops: Operands, sizes: tuple, tile: BwdConfig) -> tuple[tuple, dict]:
+    """(the last run-time arguments, constants) of all kernels."""
     slopes = ops.alibi_slopes
     rescale = 1.0 / (1.0 - problem.dropout_p)
     args = (
-        (stats.lse2, stats.delta), _row_strides(stats.lse2)[:2],
         (ops.cu_seqlens_q, ops.cu_seqlens_k, ops.seqused_q, ops.seqused_k, ops.leftpad_k),
         (problem.max_q, problem.max_k, problem.group, problem.heads, problem.batch, *sizes),
         (problem.left or 0, problem.right or 0),
@@ -122,13 +130,13 @@ def plan_dq(
     dq: Tensor, dsink: Tensor | None, tile: BwdConfig,
 ) -> Launch:  # fmt: skip
     blocks, programs = dq_grid(problem, ops, tile)
-    args, constants = _common(problem, ops, stats, (blocks, ops.q.shape[0]), tile)
+    args, constants = common(problem, ops, (blocks, ops.q.shape[0]), tile)
     tensors = (ops.q, ops.k, ops.v, out, dout, dq)
-    rows = (lse, dlse, (_row_strides(lse), _row_strides(dlse)), ops.sink, dsink, 1.0 - problem.dropout_p)
+    rows = (lse, dlse, (row_strides(lse), row_strides(dlse)), ops.sink, dsink, 1.0 - problem.dropout_p)
     return Launch(
         attn_bwd_dq,
         (programs, 1, 1),
-        (*tensors, *map(_strides, tensors), *rows, *args),
+        (*tensors, *map(strides, tensors), *rows, *_statistics_at(stats), *args),
         constants,
         *tile[2:4],
     )
@@ -138,17 +146,18 @@ def dq_grid(problem: Problem, ops: Operands, tile: BwdConfig) -> tuple[int, int]
     return grid(problem.varlen_q, ops.q.shape[0], problem.max_q, tile.block_m, problem.heads, problem.batch)
 
 
+def dkdv_grid(problem: Problem, ops: Operands, tile: BwdConfig) -> tuple[int, int]:
+    return grid(problem.varlen_k, ops.k.shape[0], problem.max_k, tile.block_n, problem.kv_heads, problem.batch)
+
+
 def plan_dkdv(
     problem: Problem, ops: Operands, dout: Tensor, stats: Statistics, dk: Tensor, dv: Tensor, tile: BwdConfig
 ) -> Launch:
-    blocks, programs = grid(
-        problem.varlen_k, ops.k.shape[0], problem.max_k, tile.block_n, problem.kv_heads, problem.batch
-    )
-    args, constants = _common(problem, ops, stats, (blocks, ops.k.shape[0]), tile)
+    blocks, programs = dkdv_grid(problem, ops, tile)
+    args, constants = common(problem, ops, (blocks, ops.k.shape[0]), tile)
     tensors = (ops.q, ops.k, ops.v, dout, dk, dv)
-    return Launch(
-        attn_bwd_dkdv, (programs, 1, 1), (*tensors, *map(_strides, tensors), *args), constants, *tile[2:4]
-    )
+    args = (*tensors, *map(strides, tensors), *_statistics_at(stats), None, *args)
+    return Launch(attn_bwd_dkdv, (programs, 1, 1), args, constants, *tile[2:4])
 
 
 def backward(
@@ -166,10 +175,9 @@ def backward(
     belong to a larger softmax than this call's. Every gradient is bitwise reproducible.
     """
     assert supports(problem) is None, supports(problem)
-    out, dout = _readable(out), _readable(dout)
-    ops = ops._replace(q=_readable(ops.q), k=_readable(ops.k), v=_readable(ops.v))
-    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) if y is None else y
-                  for x, y in zip((ops.q, ops.k, ops.v), into, strict=True))  # fmt: skip
+    out, dout = readable(out), readable(dout)
+    ops = ops._replace(q=readable(ops.q), k=readable(ops.k), v=readable(ops.v))
+    dq, dk, dv = targets(ops, into)
     if problem.leftpad:
         for x in (dk, dv):
             x.zero_()  # nobody owns the rows before the first key
@@ -179,14 +187,14 @@ def backward(
     if problem.sink:
         _, programs = dq_grid(problem, ops, tile_dq._replace(block_m=16))  # as many as there can be
         partial = torch.zeros(programs, device=lse.device)
-    tile_dq = _run(
+    tile_dq = run(
         lambda tile: plan_dq(problem, ops, out, lse, dout, dlse, stats, dq, partial, tile),
         tile_dq,
         problem,
     )
     # attn_bwd_dkdv reads the statistics of whole blocks of rows, which attn_bwd_dq must have written
     tile_dkdv = tile_dkdv._replace(block_m=min(tile_dkdv.block_m, tile_dq.block_m))
-    _run(lambda tile: plan_dkdv(problem, ops, dout, stats, dk, dv, tile), tile_dkdv, problem)
+    run(lambda tile: plan_dkdv(problem, ops, dout, stats, dk, dv, tile), tile_dkdv, problem)
     dsink = None
     if partial is not None and ops.sink is not None:
         blocks, programs = dq_grid(problem, ops, tile_dq)
@@ -194,7 +202,7 @@ def backward(
     return Gradients(dq, dk, dv, dsink)
 
 
-def _run(plan: Callable[[BwdConfig], Launch], tile: BwdConfig, problem: Problem) -> BwdConfig:
+def run(plan: Callable[[BwdConfig], Launch], tile: BwdConfig, problem: Problem) -> BwdConfig:
     """Launch what `plan` says, with smaller tiles where they do not fit the device; the tile that did."""
     while True:
         step = plan(tile)
