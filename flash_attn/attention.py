@@ -18,6 +18,7 @@ from flash_attn.tuning import backward, table
 from flash_attn.tuning.precision import precision
 from flash_attn.utils import device, replay
 
+_deterministic_everywhere = torch._C._get_deterministic_algorithms  # what torch's own function calls
 _MAPPED = (
     "attention cannot be mapped (torch.vmap, is_grads_batched): make the mapped dimension a part of the batch"
 )
@@ -123,8 +124,8 @@ def run_forward(
 
 
 def run_backward(problem: Problem, ops: Operands, out, lse, dout, dlse, into, forced: str | None = None):
-    """Gradients on the chosen backend; `into` holds tensors (or None) to write dq, dk and dv into."""
-    if not problem.deterministic and torch.are_deterministic_algorithms_enabled():
+    """(dq, dk, dv, dsink) on the chosen backend; `into` holds tensors (or None) to write dq, dk and dv into."""
+    if not problem.deterministic and _deterministic_everywhere():
         problem = _deterministic(problem)
     q, k, v = ops[:3]
     strided = (q, k, v, out, lse, dout, dlse, *into)
@@ -138,7 +139,7 @@ def run_backward(problem: Problem, ops: Operands, out, lse, dout, dlse, into, fo
     found = replay.find(key)
     results = None if found is None else found.repeat(tensors)
     if results is not None:
-        return Gradients._make(results)
+        return results  # of `Gradients`
     if not (q.numel() and k.numel()):
         return empty.backward(problem, ops, out, lse, dout, dlse, into)
 
@@ -234,18 +235,29 @@ class _Attention(torch.autograd.Function):
     def _gradients(ctx, dout: Tensor | None, dlse: Tensor | None) -> Sequence[Tensor | None]:
         problem, forced = ctx.call
         *inputs, out, lse, cu_q, cu_k, used_q, used_k, pad, pages, rows, slopes, rng_state = ctx.saved_tensors
-        _refuse_mapped(dout, dlse)
+        if dlse is not None:
+            _refuse_mapped(dlse)
         if dout is None:
             dout = torch.zeros_like(out)
+        elif is_batchedtensor(dout) or is_legacy_batchedtensor(dout):
+            raise UnsupportedError(_MAPPED)
         elif dout.is_neg():  # of an imaginary part: see `validate.last_contiguous`
             dout = dout.resolve_neg()
         sink = inputs.pop() if problem.sink else None
-        grads = [torch.empty_like(x) for x in inputs]
-        q, k, v = inputs if len(inputs) == 3 else _views(inputs)
-        into = grads if len(grads) == 3 else _views(grads)
+        grads: Sequence[Tensor | None] = ()
+        into: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+        if len(inputs) == 3:
+            q, k, v = inputs
+            if not (q.is_contiguous() and k.is_contiguous() and v.is_contiguous()):
+                grads = into = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        else:
+            q, k, v = _views(inputs)
+            grads = made = [torch.empty_like(x) for x in inputs]
+            into = _views(made)
         ops = Operands(q, k, v, cu_q, cu_k, used_q, used_k, pad, pages, rows, slopes, sink, rng_state)
         result = run_backward(problem, ops, out, lse, dout, dlse, into, forced)
-        return grads if sink is None else [*grads, result.dsink]
+        grads = grads or result[:3]
+        return grads if sink is None else [*grads, result[3]]
 
 
 # `Function.apply` without its preparation for functorch, which costs a third of it

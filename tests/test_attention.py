@@ -223,17 +223,29 @@ def test_dropout_backward_has_the_mask_of_its_forward():
 
 
 def test_a_backend_gets_tensors_to_write_into(monkeypatch):
-    """What a backend leaves in `into` is the gradient; its return value is not copied again."""
+    """What a backend leaves in `into` is the gradient; its return value is not copied again.
+
+    It gets them where the gradients of plain contiguous tensors, which it makes itself, would not do.
+    """
+    made = []
 
     def backward(problem, ops, out, lse, dout, dlse, into):
-        for value, x in enumerate(into):
+        targets = [torch.empty_like(x) if y is None else y for x, y in zip(ops[:3], into, strict=True)]
+        made.append(all(x is None for x in into))
+        for value, x in enumerate(targets):
             x.fill_(value + 1.0)
-        return Gradients(*into)
+        return Gradients(*targets)
 
     monkeypatch.setattr(reference, "backward", backward)
     inputs = [torch.randn(1, 5, 2, 8).requires_grad_() for _ in range(3)]
     grads = torch.autograd.grad(flash_attn.flash_attn_func(*inputs).sum(), inputs)
-    assert [g.unique().tolist() for g in grads] == [[1.0], [2.0], [3.0]]
+    assert [g.unique().tolist() for g in grads] == [[1.0], [2.0], [3.0]] and made.pop()
+    (grad,) = torch.autograd.grad(flash_attn.flash_attn_qkvpacked_func(x := torch.stack(inputs, 2)).sum(), x)
+    assert [g.unique().tolist() for g in grad.unbind(2)] == [[1.0], [2.0], [3.0]] and not made.pop()
+    inputs[1] = torch.randn(1, 2, 5, 8).transpose(1, 2).requires_grad_()
+    grads = torch.autograd.grad(flash_attn.flash_attn_func(*inputs).sum(), inputs)
+    assert [g.unique().tolist() for g in grads] == [[1.0], [2.0], [3.0]] and not made.pop()
+    assert grads[1].stride() == inputs[1].stride()
 
 
 MAPPED = "cannot be mapped .*make the mapped dimension a part of the batch"

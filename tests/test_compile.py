@@ -72,6 +72,16 @@ def backward(problem, ops):
     yield launch.plan_dkdv(problem, ops, out, stats, torch.empty_like(ops.k), torch.empty_like(ops.v), dkdv)
 
 
+def backward_short(problem, ops):
+    from flash_attn.backward import short
+    from flash_attn.forward.launch import empty_outputs
+
+    out, lse = empty_outputs(problem, ops.q)
+    yield short.plan(
+        problem, ops, out, lse, out, None, *(torch.empty_like(x) for x in ops[:3]), short.config(problem)
+    )
+
+
 def decode(problem, ops):
     from flash_attn.forward import decode
 
@@ -130,6 +140,10 @@ KERNELS = {
     "forward": (forward, FEATURES + CACHE),
     "forward_split": (forward_split, FEATURES[:2]),
     "backward": (backward, FEATURES),
+    "backward_short": (
+        backward_short,
+        [c for c in FEATURES if c.head_dim <= 128 and not c.sink and c.dtype.itemsize == 2],
+    ),
     "decode": (decode, FEW_QUERIES),
     "append": (append, [*CACHE, CACHE[0]._replace(id="append_24_40", head_dim=24, head_dim_v=40)]),
     "rotary": (rotary, FEATURES[:1]),

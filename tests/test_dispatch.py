@@ -30,9 +30,7 @@ class Stub:
         return torch.full_like(ops.q, self.value), torch.zeros(problem.batch, problem.heads, problem.max_q)
 
     def backward(self, problem, ops, out, lse, dout, dlse=None, into=(None, None, None)):
-        for x in into:
-            x.fill_(self.value)
-        return Gradients(*into)
+        return Gradients(*(torch.full_like(x, self.value) for x in ops[:3]))
 
 
 @pytest.fixture

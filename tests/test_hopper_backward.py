@@ -14,6 +14,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from flash_attn.backends import hopper as backend  # noqa: E402
 from flash_attn.backward import hopper_launch, hopper_tiles  # noqa: E402
 from flash_attn.backward.hopper_launch import Features  # noqa: E402
+from flash_attn.dispatch import use_backend  # noqa: E402
 from flash_attn.reference import attention as oracle  # noqa: E402
 from flash_attn.utils import device, launcher  # noqa: E402
 from flash_attn.utils.testing import nan_empty  # noqa: E402
@@ -42,6 +43,27 @@ def test_runs_what_it_was_built_for():
         dict(kv_heads=1), dict(deterministic=True), dict(deterministic=True, causal=True, head_dim=128),
         dict(deterministic=True, packed_q=(3, 4), packed_k=(7, 2)), dict(deterministic=True, window=(9, 5)),
         dict(deterministic=True, causal=True, head_dim=256),
+    ):  # fmt: skip
+        with use_backend(
+            "hopper"
+        ):  # unforced, it leaves short problems to one launch of the portable kernels
+            assert backend.supports(problem(**changes), "backward") is None
+
+
+def test_leaves_short_problems_to_one_launch():
+    small = dict(max_q=128, max_k=128, heads=8, kv_heads=8, batch=1)
+    for changes in (
+        small,
+        small | dict(max_q=512, max_k=512),
+        small | dict(packed_q=(3, 4), packed_k=(7, 2)),
+    ):
+        assert "three launches" in backend.supports(problem(**changes), "backward")
+        with use_backend("hopper"):
+            assert backend.supports(problem(**changes), "backward") is None
+    for changes in (
+        small | dict(max_q=1024, max_k=1024), small | dict(batch=64), small | dict(sink=True),
+        small | dict(head_dim=256), small | dict(max_q=512, max_k=512, kv_heads=1),
+        small | dict(max_q=512, max_k=512, batch=2, head_dim=128),
     ):  # fmt: skip
         assert backend.supports(problem(**changes), "backward") is None
 

@@ -7,6 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from flash_attn.dispatch import forced_backend
 from flash_attn.kvcache import splits
 from flash_attn.problem import Gradients, Operands, Problem
 from flash_attn.utils import device
@@ -29,9 +30,13 @@ def supports(problem: Problem, direction: str) -> str | None:
     if reason is None and direction == "forward" and splits.wants(problem, found):
         reason = "has a program per query head and block of rows; few rows want their keys split"
     if reason is None and direction == "backward":
-        from flash_attn.backward import hopper_launch
+        from flash_attn.backward import hopper_launch, short
 
         reason = hopper_launch.supports(problem)
+        if reason is None and short.wants(problem) and forced_backend() != "hopper":
+            reason = (
+                "needs three launches, which take longer than so short a problem takes the portable kernels"
+            )
     return reason
 
 

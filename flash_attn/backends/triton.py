@@ -54,6 +54,7 @@ def backward(
     dlse: Tensor | None = None,
     into: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
 ) -> Gradients:
-    from flash_attn.backward import launch
+    from flash_attn.backward import launch, short
 
-    return launch.backward(problem, ops, out, lse, dout, dlse, into)
+    way = short if short.wants(problem) else launch
+    return way.backward(problem, ops, out, lse, dout, dlse, into)

@@ -147,7 +147,9 @@ def dq_grid(problem: Problem, ops: Operands, tile: BwdConfig) -> tuple[int, int]
 
 
 def dkdv_grid(problem: Problem, ops: Operands, tile: BwdConfig) -> tuple[int, int]:
-    return grid(problem.varlen_k, ops.k.shape[0], problem.max_k, tile.block_n, problem.kv_heads, problem.batch)
+    return grid(
+        problem.varlen_k, ops.k.shape[0], problem.max_k, tile.block_n, problem.kv_heads, problem.batch
+    )
 
 
 def plan_dkdv(

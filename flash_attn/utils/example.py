@@ -47,7 +47,8 @@ def warmup(problems: Problem | Iterable[Problem], backward: bool = False) -> Non
     """Run each problem once on made-up inputs, so that its kernels are compiled before the first real call.
 
     A kernel depends on head dims, dtype, features and tiles, not on lengths or strides: one problem of each kind
-    will do. What is compiled stays on disk, and a later process only loads it.
+    will do. Few query rows have a forward of their own, and short problems (a few hundred rows) a backward. What is
+    compiled stays on disk, and a later process only loads it.
 
     Args:
         problems: as `flash_attn.explain` takes them.

@@ -7,7 +7,7 @@ from torch.nn import attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import flash_attn_interface as fa3
-from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
+from flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 from flash_attn.problem import Gradients
 from flash_attn.reference import attention as oracle
 from flash_attn.reference import eager
@@ -218,6 +218,60 @@ def test_inductor_compiles_packed_and_cached_calls():
         other, used = caches.clone(), torch.tensor([7, N - 1], dtype=torch.int32, device="cuda")
         torch.testing.assert_close(run(q, *caches, *new, used), decode(q, *other, *new, used))
         assert torch.equal(caches, other)
+
+
+def graphs_of(run, lengths):
+    """Graphs that torch.compile makes while `run` is called with each of `lengths`."""
+    torch._dynamo.reset()
+    stats = torch._dynamo.utils.counters["stats"]
+    before = stats["unique_graphs"]
+    for length in lengths:
+        run(length)
+    return stats["unique_graphs"] - before
+
+
+@pytest.mark.parametrize("kind", ["dense", "packed", "cache"])
+def test_inductor_makes_one_graph_for_all_lengths(kind):
+    def call(q, k, v, where, longest):
+        if kind == "dense":
+            return flash_attn_func(q, k, v, causal=True)
+        if kind == "packed":
+            return flash_attn_varlen_func(q, k, v, where, where, longest, longest, causal=True)
+        return flash_attn_with_kvcache(q, k, v, cache_seqlens=where, causal=True)
+
+    compiled = torch.compile(call, fullgraph=True, dynamic=True)
+
+    def run(length):
+        longest = length - length // 3
+        where = torch.tensor([0, length // 3, length], dtype=torch.int32, device="cuda")
+        if kind == "cache":
+            where = where[1:]
+        lead = (length,) if kind == "packed" else (2, length)
+        q, k, v = (torch.randn(*lead, h, 64, device="cuda").bfloat16().requires_grad_() for h in (16, 4, 4))
+        q = q[:, :1].detach() if kind == "cache" else q
+        out = compiled(q, k, v, where, longest)
+        if kind != "cache":
+            torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+
+    assert graphs_of(run, (512, 2048, 777, 1024, 33, 4096)) == 1
+
+
+def test_a_compiled_block_is_one_graph_for_all_lengths():
+    """Inductor chooses by sizes whether to fuse the reductions of a norm's backward, and guards on its choice; without
+    this optimisation of its own nothing is left that asks for a length."""
+    from bench import block
+
+    dim = 2048  # from 4096 rows and 5 * 2^20 numbers on, it fuses
+    module = block.Block(block.ours, dim, 16, 4).cuda().bfloat16()
+    known = hasattr(torch._inductor.config.triton, "mix_order_reduction")
+    options = {"triton.mix_order_reduction": False} if known else {}
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, options=options)
+
+    def run(length):
+        x, dout = (torch.randn(4, length, dim, device="cuda").bfloat16() for _ in range(2))
+        block.gradients(compiled, x, block.angles(length, dim // 16, x), dout)
+
+    assert graphs_of(run, (512, 2048, 777, 1024)) == 1
 
 
 def test_gradients_of_a_compiled_block_are_as_exact_as_eager_ones():
