@@ -226,16 +226,17 @@ def _over_rows(
     KIND 0: both sorts of tiles, with a uniform branch; 1: all of them need the mask; 2: none does.
 
     Transposed, S^T, P^T and dS^T stay in registers, and the products that use them run while the next tile is
-    prepared. With rows first P and dS go through shared memory, but lse and delta take one register per row of a
-    thread, and the head dim is the long side of the products: it fills two warp groups where 64 keys do not.
+    prepared. A thread holds lse and delta of many rows then, so each is loaded only where it is used. With rows first
+    P and dS go through shared memory, but lse and delta take one register per row of a thread, and the head dim is
+    the long side of the products: it fills two warp groups where 64 keys do not.
     """
     for m in range(span[0], span[3], T.block_m):
         r = m + tl.arange(0, T.block_m)
         q_tile = _load(q + m * q_stride, q_rows, r < M, T.D, T.d1, T.d2)
         do_tile = _load(do + m * do_stride, do_rows, r < M, T.DV, T.v1, T.v2)
-        if lse2_at is not None:
+        if T.rows_first and lse2_at is not None:
             lse2, delta = tl.load(lse2_at + r), tl.load(delta_at + r)
-        else:
+        elif lse2_at is None:
             out = own[0] + where[1] * own[1][2]
             lse2, delta = _statistics(
                 out, do_tile, own[1], own[2], own[3], own[4], where[0], where[1], where[2], r, M, T
@@ -258,10 +259,12 @@ def _over_rows(
             dv = _plus_transposed(dv, p, do_tile, T.v2, T)
             dk = _plus_transposed(dk, ds, q_tile, T.d2, T)
         else:
-            qk, dp = (
-                _inner(k_tile, q_tile, T.d2, T),
-                _inner(v_tile, do_tile, T.v2, T),
-            )  # [block_n, block_m] fp32
+            qk = _inner(k_tile, q_tile, T.d2, T)  # [block_n, block_m] fp32
+            if lse2_at is not None:
+                lse2 = tl.load(lse2_at + r)
+            dp = _inner(v_tile, do_tile, T.v2, T)
+            if lse2_at is not None:
+                delta = tl.load(delta_at + r)
             p, ds = _p_and_ds(
                 qk, dp, r[None, :], c[:, None], M, N, lse2[None, :], delta[None, :], kept, threshold, factors, slope,
                 band, edge, F,
@@ -332,7 +335,8 @@ def attn_bwd_dkdv(
             do_at = dout + b * dout_strides[0] + start_q * dout_strides[1] + head * dout_strides[2]
             if stats is not None:
                 at = b * stats_strides[0] + head * stats_strides[1] + _stats_start(lengths[0], start_q, b)
-                lse2_at, delta_at = tl.multiple_of(stats[0] + at, 16), tl.multiple_of(stats[1] + at, 16)  # bytes
+                lse2_at, delta_at = stats[0] + at, stats[1] + at
+                lse2_at, delta_at = tl.multiple_of(lse2_at, 16), tl.multiple_of(delta_at, 16)  # bytes
             else:
                 lse2_at, delta_at = None, None
             slope = 0.0
