@@ -108,7 +108,11 @@ def rule(problem: Problem, device: DeviceInfo, products: str = "ieee") -> tuple[
     if D <= 64:
         return BwdConfig(64, 64, 4, 2), BwdConfig(64, 64, 4, 2)
     if D <= 128:
-        dkdv = BwdConfig(64, 128, 8, 2, one_loop=True)
+        older = device.capability < (9, 0)
+        if older and problem.left is not None and not problem.dropout_p:
+            # ptxas gives larger tiles with a window's branch 32 or 128 registers here, and they spill kilobytes
+            return BwdConfig(64, 64, 8, 2), BwdConfig(64, 64, 4, 2)
+        dkdv = BwdConfig(64, 128, 8, 2, one_loop=not older)
         if problem.dropout_p:
             # dropout wants rows first, where 128 keys took 2.4 times as long on an H200; Blackwell's matrix units keep
             # more of it in shared memory
