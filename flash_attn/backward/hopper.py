@@ -1,7 +1,7 @@
-"""The Hopper backward: one warp-specialised Gluon kernel for dQ, dK and dV (sm_90a), in two schedules.
+"""The Hopper backward: a warp-specialised Gluon kernel for dK and dV (sm_90a), up to head dimension 128 for dQ as well.
 
-Up to head dimension 128 a producer warp feeds Q, dO and their row statistics through TMA to two warpgroups, which own
-a tile of keys; above, three warpgroups share the work by product (`hopper_wide.py`).
+A producer warp feeds Q, dO and their row statistics through TMA to two warpgroups, which share the keys of a tile
+(`hopper_narrow.py`) or, above 128, the products (`hopper_wide.py`; dQ has a kernel of its own, `hopper_dq.py`).
 What runs before and after it is in `hopper_pre.py`; `hopper_launch.py` starts all of them.
 """
 
@@ -18,12 +18,12 @@ from flash_attn.backward.hopper_tiles import produce, write_dq, zero_ahead
 def attn_bwd_hopper(
     q_desc, do_desc, k_desc, v_desc,  # one tile of (batch, heads, rows, dim), or ragged (see tile/hopper.py)
     stats_desc,  # fp32: per padded query tile, BLOCK_M of -lse (in the score's units), then BLOCK_M of -delta
-    dq_desc,  # fp32 sums of dQ, 256 columns; None for the wide schedule
+    dq_desc,  # fp32 sums of dQ, 256 columns; this and the next three are None above 128
     dk_desc, dv_desc,  # like those of k and v
     units,  # of q, dout, k, v, dk, dv: (batch stride, row stride) in 16 bytes; None unless ragged
-    dq_acc,  # the same sums, for reductions from registers
-    zeroed,  # programs (at 256, warps) that have zeroed their share of a pair's sums
-    turns,  # programs (at 256, warps) that have added to each piece of dQ; None unless ordered
+    dq_acc,  # the same sums, to be zeroed
+    zeroed,  # programs that have zeroed their share of a pair's sums
+    turns,  # programs that have added to each piece of dQ; None unless ordered
     seqs,  # (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k), each may be None
     sizes,  # (max_q, max_k, heads, kv_heads, batch * kv_heads, width of a group, key tiles, padded query tiles,
     # how many pairs ahead sums are zeroed, then `hopper_launch.Plan.dividers` and query heads per kv head)
@@ -43,13 +43,10 @@ def attn_bwd_hopper(
     do_s = gl.allocate_shared_memory(dtype, stacked(STAGES, do_desc.block_type.shape), do_desc.layout)
     k_s = gl.allocate_shared_memory(dtype, stacked(BLOCKS, k_desc.block_type.shape), k_desc.layout)
     v_s = gl.allocate_shared_memory(dtype, stacked(BLOCKS, v_desc.block_type.shape), v_desc.layout)
+    # dS; above 128 P
     ds_s = gl.allocate_shared_memory(dtype, [2 * T.DS_STAGES, 64, T.BLOCK_M], SWIZZLED)
-    if T.D == 256:
-        other_s = gl.allocate_shared_memory(dtype, [2, 64, T.BLOCK_M], SWIZZLED)  # P
-    else:
-        other_s = gl.allocate_shared_memory(
-            gl.float32, [2, 64 * COLS // 256, 256], dq_desc.layout
-        )  # dQ on its way
+    if T.D < 256:  # dQ on its way
+        dq_s = gl.allocate_shared_memory(gl.float32, [2, 64 * COLS // 256, 256], dq_desc.layout)
     lse_s = gl.allocate_shared_memory(gl.float32, [STAGES, T.BLOCK_M], stats_desc.layout)
     delta_s = gl.allocate_shared_memory(gl.float32, [STAGES, T.BLOCK_M], stats_desc.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -68,21 +65,17 @@ def attn_bwd_hopper(
     loaded = (q_s, do_s, k_s, v_s, lse_s, delta_s)
     problem = (seqs, sizes, band, scores, scale)
     load = (loads, units, zeroed, turns, loaded, bars, problem)
+    # 240 registers for a consumer's thread, 24 for the producer's
     if T.D == 256:
-        rings = (q_s, do_s, k_s, v_s, lse_s, delta_s, other_s, ds_s)
-        work = ((dk_desc, dv_desc), units, dq_acc, turns, rings, bars, problem)
-        wide = (loads, units, loaded, bars)
-        # 200 registers for a thread of dV and of dK, 104 of dQ
+        work = ((dk_desc, dv_desc), units, (q_s, do_s, k_s, v_s, lse_s, delta_s, ds_s), bars, problem)
         gl.warp_specialize([
-            (hopper_wide.sum_dv, (work, F, T)), (hopper_wide.sum_dk, (work, F, T)),
-            (hopper_wide.sum_dq, (work, wide, zeroed, F, T)),
-        ], [4, 4], [200, 104])  # fmt: skip
+            (hopper_wide.sum_dv, (work, F, T)), (hopper_wide.sum_dk, (work, F, T)), (produce, (load, F, T)),
+        ], [4, 1], [240, 24])  # fmt: skip
     else:
-        rings = (q_s, do_s, k_s, v_s, lse_s, delta_s, ds_s, other_s)
+        rings = (q_s, do_s, k_s, v_s, lse_s, delta_s, ds_s, dq_s)
         tile = ((dq_desc, dk_desc, dv_desc), units, rings, bars, problem)
-        # 240 registers for a consumer's thread, 24 for the producer's
         if T.ORDERED:
-            write = (dq_desc, dq_acc, zeroed, turns, other_s, bars, problem)
+            write = (dq_desc, dq_acc, zeroed, turns, dq_s, bars, problem)
             gl.warp_specialize([
                 (hopper_narrow.consume, (tile, 0, F, T)), (hopper_narrow.consume, (tile, 1, F, T)),
                 (produce, (load, F, T)), (write_dq, (write, 0, F, T)), (write_dq, (write, 1, F, T)),

@@ -1,7 +1,7 @@
 """Host side of the Hopper backward: what it can run, how it is cut, and the three launches.
 
-Before: row statistics and a zeroed fp32 dQ (`hopper_pre.bwd_before`). Main: `hopper.attn_bwd_hopper`. After: dQ from
-its accumulator's order to the caller's tensor (`hopper_pre.bwd_after`), unless the main kernel does that itself.
+Before: row statistics (`hopper_pre.bwd_before`). Main: `hopper.attn_bwd_hopper`. Then dQ: up to head dimension 128 from
+the fp32 sums of the main kernel to the caller's tensor (`hopper_pre.bwd_after`), above by `hopper_dq.attn_bwd_dq`.
 """
 
 from functools import lru_cache
@@ -35,9 +35,9 @@ class Schedule(NamedTuple):
     BLOCK_M: int  # queries a step
     BLOCK_N: int  # keys of a program
     STAGES: int  # ring of Q and dO tiles
-    DS_STAGES: int  # pairs of dS buffers
+    DS_STAGES: int  # pairs of buffers of dS, above 128 of P
     DEFER: bool = False  # dQ of a step is computed in the next one
-    ORDERED: bool = False  # programs add to dQ in a fixed order
+    ORDERED: bool = False  # programs add to dQ in a fixed order; above 128 none adds to another's
     DELAY: int = 0  # debug build: warps sleep up to so many nanoseconds here and there, to provoke races
 
 
@@ -83,7 +83,7 @@ def schedule(problem: Problem) -> Schedule:
     DV = _padded(problem.head_dim_v)
     # queries a step, keys of a program, ring of Q and dO, buffers of dS: what registers and shared memory hold
     tile = {64: (128, 128, 2, 2), 128: (64, 128, 2, 2), 256: (64, 64, 2, 1)}[D]
-    T = Schedule(D, DV, *tile, ORDERED=problem.deterministic)
+    T = Schedule(D, DV, *tile, ORDERED=problem.deterministic and D < 256)
     # with few steps a key tile, the step more that this costs is not won back: causal 1k 596 -> 612 us, 2k 959 -> 924
     if D == 64 and (problem.right is None or problem.max_q > 1024):
         T = T._replace(DEFER=True, DS_STAGES=3)
@@ -96,7 +96,8 @@ def group_width(problem: Problem) -> int:
     Ordered sums want more where a mask makes key tiles short: a tile cannot start faster after the one before in its
     pair than turns are passed on. See docs/perf/hopper-backward.md for the times behind the other numbers.
     """
-    if problem.right is None and not problem.deterministic:
+    ordered = schedule(problem).ORDERED
+    if problem.right is None and not ordered:
         return 1
     bytes_of_pair = problem.max_q * (problem.head_dim + problem.head_dim_v) * 2 * problem.group
 
@@ -104,14 +105,25 @@ def group_width(problem: Problem) -> int:
         return max(1, (mebibytes << 20) // bytes_of_pair)
 
     most = fit(16)
-    if problem.deterministic and problem.right is not None:
+    if ordered and problem.right is not None:
         most = min(fit(64), max(16, most))
-    elif problem.deterministic and problem.head_dim <= 128:
+    elif ordered:
         most = fit(8)
-    width = 1
-    while width * 2 <= min(most, problem.batch * problem.kv_heads):
-        width *= 2
-    return width
+    return _power_of_two(min(most, problem.batch * problem.kv_heads))
+
+
+def dq_group_width(problem: Problem) -> int:
+    """(batch, head) pairs whose query tiles alternate in `attn_bwd_dq`: as many as keep K and V in 16 MiB of L2."""
+    if problem.right is None:
+        return 1
+    bytes_of_pair = problem.max_k * (problem.head_dim + problem.head_dim_v) * 2
+    most = max(1, (16 << 20) // bytes_of_pair) * problem.group
+    return _power_of_two(min(most, problem.batch * problem.heads))
+
+
+def _power_of_two(most: int) -> int:
+    """The largest power of two up to `most` > 0."""
+    return 1 << most.bit_length() - 1
 
 
 def divider(d: int) -> tuple[int, int]:
@@ -133,6 +145,9 @@ class Plan(NamedTuple):
     rows: int
     dividers: tuple  # of a program's number, see `hopper_tiles.order`; of a pair by the kv heads
     ahead: int  # (batch, kv head) pairs whose sums of dQ are zeroed before the main kernel; it zeroes so far ahead
+    dq_tiles: int  # tiles of queries of `attn_bwd_dq`; with their own group width and dividers
+    dq_width: int
+    dq_dividers: tuple
 
 
 @lru_cache(maxsize=1024)
@@ -162,9 +177,16 @@ def plan(problem: Problem, T: Schedule | None = None) -> Plan:
     ahead = -(-_AHEAD // (key_tiles * width)) * width
     if F.ragged:  # all before: zeroing on the way is seen right on a GPU with dense tensors only
         ahead = problem.batch * problem.kv_heads
-    pairs = problem.batch * problem.kv_heads
-    dividers = tuple(divider(d) for d in (key_tiles * width, width, pairs % width or width, problem.kv_heads))
-    return Plan(T, F, boxes, key_tiles, width, blocks, rows, dividers, ahead)
+    dq_tiles, dq_width = -(-problem.max_q // 128), dq_group_width(problem)
+    return Plan(
+        T, F, boxes, key_tiles, width, blocks, rows, _dividers(key_tiles, width, problem.batch, problem.kv_heads),
+        ahead, dq_tiles, dq_width, _dividers(dq_tiles, dq_width, problem.batch, problem.heads),
+    )  # fmt: skip
+
+
+def _dividers(tiles: int, width: int, batch: int, heads: int) -> tuple:
+    """`Plan.dividers` for `tiles` programs of each of batch * heads pairs."""
+    return tuple(divider(d) for d in (tiles * width, width, batch * heads % width or width, heads))
 
 
 def addressable(x: Tensor) -> bool:
@@ -252,16 +274,20 @@ def backward(
     T, where = p.T, ops.q.device
     tiles = query_tiles(problem, ops.q.shape[0], T.BLOCK_M)
     padded = problem.heads * tiles * T.BLOCK_M
-    work = Workspace(
-        torch.empty(padded * 2, dtype=torch.float32, device=where),
-        torch.empty(padded * T.D, dtype=torch.float32, device=where),
-        torch.empty(problem.batch * problem.kv_heads, dtype=torch.int32, device=where),
-        torch.empty(problem.heads * tiles * 2, dtype=torch.int32, device=where) if T.ORDERED else None,
-        tiles,
-    )
+    work = Workspace(torch.empty(padded * 2, dtype=torch.float32, device=where), None, None, None, tiles)
+    if T.D <= 128:
+        turns = torch.empty(problem.heads * tiles * 2, dtype=torch.int32, device=where) if T.ORDERED else None
+        work = work._replace(
+            dq_acc=torch.empty(padded * T.D, dtype=torch.float32, device=where),
+            zeroed=torch.empty(problem.batch * problem.kv_heads, dtype=torch.int32, device=where),
+            turns=turns,
+        )
     dsink_parts = _before(problem, p, ops, out, lse, dout, dlse, work)
     _main(problem, p, ops, dout, work, dk, dv)
-    _after(problem, p, ops, work, dq)
+    if T.D <= 128:
+        _after(problem, p, ops, work, dq)
+    else:
+        _dq(problem, p, ops, dout, work, dq)
     if problem.varlen_q or problem.varlen_k:
         _zero_rest(problem, ops, dq, dk, dv)
     dsink = None if dsink_parts is None else dsink_parts.sum(1).to(ops.sink.dtype)  # type: ignore[union-attr]
@@ -270,9 +296,10 @@ def backward(
 
 class Workspace(NamedTuple):
     stats: Tensor  # fp32 per padded query tile: BLOCK_M of -lse, BLOCK_M of -delta
-    dq_acc: Tensor  # fp32 sums of dQ, padded query tiles in the order of an accumulator
-    zeroed: Tensor  # int32 per (batch, kv head): programs that have zeroed their share of its sums
-    turns: Tensor | None  # int32 (heads, tiles, 2): programs that have added to a piece of dQ
+    # up to head dimension 128
+    dq_acc: Tensor | None  # fp32 sums of dQ, padded query tiles in the order of an accumulator
+    zeroed: Tensor | None  # int32 per (batch, kv head): programs that have zeroed their share of its sums
+    turns: Tensor | None  # int32 (heads, tiles, 2): programs that have added to a piece of dQ, if ordered
     tiles: int  # padded query tiles a head
 
 
@@ -305,7 +332,7 @@ def _before(problem, p, ops, out, lse, dout, dlse, work) -> Tensor | None:
         out, dout, lse, dlse, ops.sink, work.stats, work.dq_acc, work.zeroed, work.turns, parts,
         _strides(out, packed), _strides(dout, packed),
         _row_strides(lse, packed), _row_strides(dlse, packed), (ops.cu_seqlens_q, ops.seqused_q),
-        (problem.max_q, work.tiles, problem.kv_heads, p.ahead, p.key_tiles * (4 if T.D == 256 else 1)), lse_scale,
+        (problem.max_q, work.tiles, problem.kv_heads, p.ahead, p.key_tiles), lse_scale,
     )  # fmt: skip
     constants = dict(BLOCK_M=T.BLOCK_M, ROWS=p.rows, D=T.D, DV=T.DV, DIM_V=problem.head_dim_v)
     sink = None if ops.sink is None else ops.sink.dtype
@@ -331,7 +358,7 @@ def main_arguments(
     if F.ragged:
         units = (_unit(q, packed_q), _unit(dout, packed_q), *(_unit(x, packed_k) for x in (k, v, dk, dv)))
     sums = None
-    if p.T.D <= 128:
+    if work.dq_acc is not None:
         sums = Box(work.dq_acc, [work.dq_acc.numel() // 256, 256], [256, 1], *of_sums)
     pairs = problem.batch * problem.kv_heads
     args = (
@@ -362,6 +389,43 @@ def _main(problem, p, ops, dout, work, dk, dv) -> None:
         dk.copy_(dk_to)
     if dv_to is not dv:
         dv.copy_(dv_to)
+
+
+def dq_arguments(problem: Problem, p: Plan, ops: Operands, dout: Tensor, work: Workspace, dq: Tensor):
+    """(grid, arguments, constants) of `attn_bwd_dq`; dout and dq must be `addressable`."""
+    from flash_attn.tile.score import factors
+
+    F, packed_q, packed_k = p.F, problem.varlen_q, problem.varlen_k
+    q, k, v = (for_tma(x) for x in ops[:3])
+    of_q, of_dout, of_k, of_v = p.boxes[:4]
+    units: tuple = (None,) * 5
+    if F.ragged:
+        q_units, k_units = (_unit(x, packed_q) for x in (q, dout)), (_unit(x, packed_k) for x in (k, v))
+        units = (*q_units, *k_units, _unit(dq, packed_q))
+    pairs = problem.batch * problem.heads
+    args = (
+        _tiles_of(q, F.ragged, of_q), _tiles_of(dout, F.ragged, of_dout), _tiles_of(k, F.ragged, of_k),
+        _tiles_of(v, F.ragged, of_v), _tiles_of(dq, F.ragged, of_q), units, work.stats,
+        (ops.cu_seqlens_q, ops.cu_seqlens_k, ops.seqused_q, ops.seqused_k),
+        (problem.max_q, problem.max_k, problem.heads, problem.heads, pairs, p.dq_width, p.dq_tiles, work.tiles,
+         0, *p.dq_dividers, problem.group),
+        (problem.left or 0, problem.right or 0), factors(problem.scale, problem.softcap), problem.scale,
+    )  # fmt: skip
+    return (p.dq_tiles * pairs, 1, 1), args, dict(F=F, T=p.T)
+
+
+def _dq(problem, p, ops, dout, work, dq) -> None:
+    from flash_attn.backward.hopper_dq import attn_bwd_dq
+
+    dq_to = for_tma(dq)
+    grid, args, constants = dq_arguments(problem, p, ops, dout, work, dq_to)
+    key = (
+        "dq", p.T, p.F, problem.dtype, dq.device.index, problem.varlen_q, problem.varlen_k,
+        problem.seqused_q, problem.seqused_k,
+    )  # fmt: skip
+    _launch(attn_bwd_dq, grid, args, constants, problem, key)
+    if dq_to is not dq:
+        dq.copy_(dq_to)
 
 
 def _after(problem, p, ops, work, dq) -> None:

@@ -140,32 +140,6 @@ def _fragment_view(n):
     )
 
 
-@gluon.constexpr_function
-def _quad_view(n):
-    """`_fragment_view` with its last two dimensions as one of four: the 16 bytes that a thread moves at once."""
-    return gl.DistributedLinearLayout(
-        reg_bases=[[0, 0, 0, 0, 1], [0, 0, 0, 0, 2]] + _doubling(n, 5, 3),
-        lane_bases=[[0, 0, 1, 0, 0], [0, 0, 2, 0, 0], [0, 1, 0, 0, 0], [0, 2, 0, 0, 0], [0, 4, 0, 0, 0]],
-        warp_bases=[[1, 0, 0, 0, 0], [2, 0, 0, 0, 0]],
-        block_bases=[],
-        shape=[4, 8, 4, n, 4],
-    )
-
-
-@gluon.jit
-def _quad_offsets(n: gl.constexpr, L: gl.constexpr):
-    """Offset of each thread's 16-byte pieces in fragment order [j, warp, r, t, 4], as (4, 8, 4, n)."""
-    w = gl.arange(0, 4, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, L))))
-    r = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, L))))
-    t = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, L))))
-    j = gl.arange(0, n, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, L))))
-    w = gl.expand_dims(gl.expand_dims(gl.expand_dims(w, 1), 2), 3)
-    r = gl.expand_dims(gl.expand_dims(gl.expand_dims(r, 0), 2), 3)
-    t = gl.expand_dims(gl.expand_dims(gl.expand_dims(t, 0), 1), 3)
-    j = gl.expand_dims(gl.expand_dims(gl.expand_dims(j, 0), 1), 2)
-    return (w * 128 + r * 16 + t * 4) + j * 512
-
-
 @gluon.jit
 def fragments(x, n: gl.constexpr):
     """A (64, 8 n) accumulator as `_fragment_view`; moves no data."""
@@ -180,28 +154,6 @@ def fragment_rows(x, n: gl.constexpr):
     Every thread then stores whole 16-byte pieces without bank conflicts.
     """
     return gl.reshape(gl.permute(fragments(x, n), (3, 0, 1, 2, 4, 5)), [2 * n, 256])
-
-
-@gluon.jit
-def reduce_add_quads(base, x, n: gl.constexpr):
-    """Add a (64, 8 n) accumulator to the fp32 tile at `base`, kept in fragment order, straight from registers."""
-    QL: gl.constexpr = gl.SliceLayout(4, _quad_view(n))
-    even, odd = gl.split(fragments(x, n))
-    x0, x2 = gl.split(even)
-    x1, x3 = gl.split(odd)
-    x0 = gl.convert_layout(x0, QL, assert_trivial=True)
-    x1 = gl.convert_layout(x1, QL, assert_trivial=True)
-    x2 = gl.convert_layout(x2, QL, assert_trivial=True)
-    x3 = gl.convert_layout(x3, QL, assert_trivial=True)
-    address = (base + _quad_offsets(n, QL)).to(gl.int64)
-    gl.inline_asm_elementwise(
-        "red.global.add.v4.f32 [$1], {$2, $3, $4, $5}; mov.u32 $0, 0;",
-        "=r,l,f,f,f,f",
-        [address, x0, x1, x2, x3],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @gluon.jit

@@ -16,8 +16,8 @@ def bwd_before(
     lse_scale,
     BLOCK_M: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DIM_V: tl.constexpr,
 ):  # fmt: skip
-    """Per query row: -lse * lse_scale and -delta, delta = rowsum(dout * out) - dlse; zeroes turns, and dq_acc of
-    the first pairs: the main kernel zeroes the others as it goes (`hopper_tiles.zero_ahead`).
+    """Per query row: -lse * lse_scale and -delta, delta = rowsum(dout * out) - dlse; zeroes turns, and dq_acc (each
+    may be None) of the first pairs: the main kernel zeroes the others as it goes (`hopper_tiles.zero_ahead`).
 
     Rows that must give P = 0 (past the end, or seeing no key: lse of either infinity) get -inf and delta 0, so the
     main kernel needs no query mask. With a sink, dsink gets each program's -sum exp(sink - lse) * delta.
@@ -29,8 +29,9 @@ def bwd_before(
     max_q, tiles, kv_heads, first_pairs, key_tiles = sizes
     group = tl.num_programs(1) // kv_heads
     pair = b * kv_heads + h // group
-    if i == 0:
-        tl.store(zeroed + pair, tl.where(pair < first_pairs, key_tiles, 0))
+    if dq_acc is not None:  # noqa: SIM102  compile time outside, run time inside
+        if i == 0:
+            tl.store(zeroed + pair, tl.where(pair < first_pairs, key_tiles, 0))
     start, slot = sequence(seqs[0], None, max_q, b)
     used = slot
     if seqs[1] is not None:
@@ -88,10 +89,11 @@ def bwd_before(
             starts = (rows < padded) & (rows % BLOCK_M == 0)
             tl.store(at_turns, tl.zeros([ROWS], tl.int32), starts)
             tl.store(at_turns + 1, tl.zeros([ROWS], tl.int32), starts)
-        if pair < first_pairs:
-            at_acc = tl.multiple_of(dq_acc + block * (BLOCK_M * D), 16)
-            at_acc = at_acc + (rows * D)[:, None] + tl.arange(0, D)[None, :]
-            tl.store(at_acc, tl.zeros([ROWS, D], tl.float32), (rows < padded)[:, None])
+        if dq_acc is not None:  # noqa: SIM102
+            if pair < first_pairs:
+                at_acc = tl.multiple_of(dq_acc + block * (BLOCK_M * D), 16)
+                at_acc = at_acc + (rows * D)[:, None] + tl.arange(0, D)[None, :]
+                tl.store(at_acc, tl.zeros([ROWS, D], tl.float32), (rows < padded)[:, None])
     if sink is not None:
         tl.store(dsink + (h * tl.num_programs(2) + b) * tl.num_programs(0) + i, loss)
 

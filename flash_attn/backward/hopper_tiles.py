@@ -1,8 +1,9 @@
 """Which tile a program of the Hopper backward works on, what loads it, and how dQ leaves: shared by both schedules.
 
 A program owns one tile of keys of one (batch, key/value head) and walks over the query tiles that see it, for every
-query head of the group, so dK and dV never leave its registers until they are final. dQ is summed over programs in
-fp32, in the order in which a warpgroup's accumulator lies in its threads (`hopper_ops.fragments`).
+query head of the group, so dK and dV never leave its registers until they are final. Up to head dimension 128 dQ is
+summed over programs in fp32, in the order in which a warpgroup's accumulator lies in its threads
+(`hopper_ops.fragments`).
 """
 
 from triton.experimental import gluon
@@ -153,9 +154,9 @@ def turn_of(n, m, M, N, band, F: gl.constexpr, T: gl.constexpr):
 
 @gluon.jit
 def zero_ahead(dq_acc, zeroed, seqs, sizes, T: gl.constexpr):
-    """Zero this program's share of the sums of dQ of a pair that is worked on some waves later; by one warp, or four.
+    """Zero this program's share of the sums of dQ of a pair that is worked on some waves later; by one warp.
 
-    Zeroed before the kernel, they would go to memory and back. `zeroed` counts the warps that are done with a pair.
+    Zeroed before the kernel, they would go to memory and back. `zeroed` counts the programs that are done with a pair.
     """
     n, pair = order(gl.program_id(0), sizes)
     later = pair + sizes[8]
@@ -165,8 +166,7 @@ def zero_ahead(dq_acc, zeroed, seqs, sizes, T: gl.constexpr):
         side = query_side(b, seqs[0], None, sizes[0], T)
         group = sizes[2] // kv_heads
         h = (later - b * kv_heads) * group
-        WARPS: gl.constexpr = 4 if T.D == 256 else 1
-        L: gl.constexpr = gl.BlockedLayout([4], [32], [WARPS], [0])
+        L: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
         nothing = gl.zeros([1024], gl.float32, L)
         for _ in range(group):
             for m in range(n, (side[2] + T.BLOCK_M - 1) // T.BLOCK_M, sizes[6]):
@@ -180,10 +180,10 @@ def zero_ahead(dq_acc, zeroed, seqs, sizes, T: gl.constexpr):
 
 
 @gluon.jit
-def wait_for_zeros(zeroed, sizes, WARPS: gl.constexpr):
-    """Wait until the sums of dQ of this program's pair are zeroed; WARPS: how many count in a program."""
+def _wait_for_zeros(zeroed, sizes):
+    """Wait until the sums of dQ of this program's pair are zeroed."""
     n, pair = order(gl.program_id(0), sizes)
-    spin_until(zeroed + pair, sizes[6] * WARPS)
+    spin_until(zeroed + pair, sizes[6])
 
 
 @gluon.jit
@@ -226,8 +226,9 @@ def produce(work, F: gl.constexpr, T: gl.constexpr):
             for i in gl.static_range(BLOCKS):
                 at = box(k_side, hk, key0 + i * ROWS, N, units[3], F.ragged)
                 tma_load(v_desc, at, kv_full.index(0), v_s.index(i))
-            # under the loads: nobody adds to the sums before the row statistics are there
-            wait_for_zeros(zeroed, sizes, 1)
+            if zeroed is not None:
+                # under the loads: nobody adds to the sums before the row statistics are there
+                _wait_for_zeros(zeroed, sizes)
         tma_load(stats_desc, [stats * T.BLOCK_M], full, lse_s.index(st))
         tma_load(stats_desc, [(stats + 1) * T.BLOCK_M], full, delta_s.index(st))
         if it >= T.STAGES:

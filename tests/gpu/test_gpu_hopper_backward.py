@@ -52,6 +52,8 @@ CASES = [
     # 14 pairs in groups of 8: the last group is of another width
     *(Case(f"odd_groups_{d}", batch=7, heads=6, kv_heads=2, max_q=300, max_k=390, head_dim=d, dtype=BF16, causal=True)
       for d in (64, 128, 256)),
+    # of the 128 queries of a program of dQ only the second half sees a key
+    Case("half_a_tile_without_keys", **LONG | dict(head_dim=256, max_q=700, max_k=252), causal=True),
     Case("mla_192_128", **LONG | dict(head_dim=192), head_dim_v=128, causal=True),
     Case("mla_packed", head_dim=192, head_dim_v=128, dtype=BF16, causal=True, **PACKED),
     *(Case(f"head_dim_{d}", **LONG | dict(head_dim=d), causal=True) for d in (40, 72, 96, 160, 192, 224)),
@@ -140,7 +142,7 @@ def test_a_single_key(head_dim):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 128])
 def test_sums_of_dq_zeroed_by_earlier_programs(head_dim, causal):
     case = Case(
         "x", batch=60, max_q=200, max_k=200, heads=8, kv_heads=8, head_dim=head_dim, dtype=BF16, causal=causal
@@ -165,7 +167,7 @@ def test_random_delays_change_nothing(head_dim, causal, ordered, monkeypatch):
     for _ in range(50):
         got = hopper_launch.backward(p, ops, out, lse, dout)
         assert torch.equal(got.dk, want.dk) and torch.equal(got.dv, want.dv)
-        assert torch.equal(got.dq, want.dq) or not ordered
+        assert torch.equal(got.dq, want.dq) or not (ordered or head_dim == 256)
     assert_gradients_as_close_as_torch(got, p, ops, dout)
 
 
@@ -242,7 +244,7 @@ def test_a_thousand_runs_agree(head_dim, causal, ordered):
         again = hopper_launch.backward(p, ops, out, lse, dout)
         different += torch.stack([(a != b).sum() for a, b in zip(again[:3], first[:3], strict=True)])
     assert different[1:].tolist() == [0, 0]
-    if ordered:
+    if ordered or head_dim == 256:  # no sums over programs there
         assert different[0].item() == 0
 
 
