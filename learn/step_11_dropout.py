@@ -7,8 +7,9 @@ does. With the seed as key and (batch, head, row, column) in the counter, any ti
 time, and gets the same one.
 
 Philox-4x32 multiplies two of the four counter words by constants, takes high and low halves, swaps and adds the key;
-seven rounds pass all statistical tests, ten is the common default. Each call gives 128 bits: here eight 16-bit numbers
-for eight neighbouring columns. lse is not affected: dropout acts on P after the softmax.
+seven rounds pass all statistical tests, ten is the common default. Each call gives 128 bits: here a leading byte for
+each of sixteen neighbouring columns, with another column's byte behind it, which matters once in 128 times. lse is not
+affected: dropout acts on P after the softmax.
 
 Source: Salmon and others 2011, "Parallel random numbers: as easy as 1, 2, 3".
 """

@@ -18,7 +18,7 @@ sequence, packed_tile, row_offsets = rows.sequence, rows.packed_tile, rows.row_o
 key_range, full_range, keep = mask.key_range, mask.full_range, mask.keep
 row_range, full_row_range = mask.row_range, mask.full_row_range
 capped, biased, dcapped = score.capped, score.biased, score.dcapped
-key_order, keep_tile, dropped = dropout.key_order, dropout.keep_tile, dropout.dropped
+key_order, random_pairs, dropped = dropout.key_order, dropout.random_pairs, dropout.dropped
 LOG2E = score.LOG2E
 
 # The row statistics of a packed sequence start at a multiple of this many rows and fill whole blocks, so that they
@@ -33,7 +33,8 @@ class Features(NamedTuple):
     right: bool
     softcap: bool
     alibi: bool
-    dropout: int  # `tile.dropout.calls_abreast`
+    dropout: bool
+    halves: bool  # `tile.dropout.by_halves`
 
 
 class Tiling(NamedTuple):
@@ -148,8 +149,8 @@ def _inner(a, b, C2: tl.constexpr, T: tl.constexpr):
 
 
 @triton.jit
-def _p_and_ds(qk, dp, r, c, M, N, lse2, delta, kept, threshold, factors, slope, band, edge, F: tl.constexpr):
-    """(dropped-out P, dS) of a tile, either way round: r, lse2 and delta broadcast along keys, c along rows.
+def _p_and_ds(qk, dp, r, c, M, N, lse2, delta, pairs, threshold, factors, slope, band, edge, F: tl.constexpr):
+    """(P, dS) of a tile, either way round: r, lse2 and delta broadcast along keys, c along rows.
 
     The mask is applied where `edge`, which is the same for all threads (known at compile time in a loop over one kind
     of tile).
@@ -161,11 +162,8 @@ def _p_and_ds(qk, dp, r, c, M, N, lse2, delta, kept, threshold, factors, slope, 
     if edge:
         p = tl.where(keep(r, c, M, N, band, F), p, 0.0)
     if F.dropout:
-        ds = p * (tl.where(kept, dp, 0.0) - delta)
-        p = dropped(p, kept, threshold)
-    else:
-        ds = p * (dp - delta)
-    return p, dcapped(ds, x, F)
+        dp = dropped(dp, pairs, threshold, F)
+    return p, dcapped(p * (dp - delta), x, F)
 
 
 @triton.jit
@@ -242,7 +240,7 @@ def _over_rows(
                 out, do_tile, own[1], own[2], own[3], own[4], where[0], where[1], where[2], r, M, T
             )  # fmt: skip
             delta *= own[5]
-        edge, kept = KIND == 1, None
+        edge, pairs = KIND == 1, None
         if KIND == 0:
             edge = (m < span[1]) | (m >= span[2])
         if T.rows_first:
@@ -251,11 +249,13 @@ def _over_rows(
                 _inner(do_tile, v_tile, T.v2, T),
             )  # [block_m, block_n] fp32
             if F.dropout:
-                kept = keep_tile(rng, bh, r, col_lo, threshold, T.block_n, F)
+                pairs = random_pairs(rng, bh, r, col_lo, T.block_n, F)
             p, ds = _p_and_ds(
-                qk, dp, r[:, None], c[None, :], M, N, lse2[:, None], delta[:, None], kept, threshold, factors, slope,
+                qk, dp, r[:, None], c[None, :], M, N, lse2[:, None], delta[:, None], pairs, threshold, factors, slope,
                 band, edge, F,
             )  # fmt: skip
+            if F.dropout:
+                p = dropped(p.to(do_tile[0].dtype), pairs, threshold, F)
             dv = _plus_transposed(dv, p, do_tile, T.v2, T)
             dk = _plus_transposed(dk, ds, q_tile, T.d2, T)
         else:
@@ -266,7 +266,7 @@ def _over_rows(
             if lse2_at is not None:
                 delta = tl.load(delta_at + r)
             p, ds = _p_and_ds(
-                qk, dp, r[None, :], c[:, None], M, N, lse2[None, :], delta[None, :], kept, threshold, factors, slope,
+                qk, dp, r[None, :], c[:, None], M, N, lse2[None, :], delta[None, :], pairs, threshold, factors, slope,
                 band, edge, F,
             )  # fmt: skip
             dv = _plus(dv, p, do_tile, T.v2, T)
@@ -372,13 +372,13 @@ def _over_keys(
         v_tile = _load(v + n * v_stride, v_rows, c < N, T.DV, T.v1, T.v2)
         qk = _inner(q_tile, k_tile, T.d2, T)  # [block_m, block_n] fp32
         dp = _inner(do_tile, v_tile, T.v2, T)
-        edge, kept = KIND == 1, None
+        edge, pairs = KIND == 1, None
         if KIND == 0:
             edge = (n < span[1]) | (n >= span[2])
         if F.dropout:
-            kept = keep_tile(rng, bh, r, n, threshold, T.block_n, F)
+            pairs = random_pairs(rng, bh, r, n, T.block_n, F)
         p, ds = _p_and_ds(
-            qk, dp, r[:, None], c[None, :], M, N, lse2[:, None], delta[:, None], kept, threshold, factors, slope, band,
+            qk, dp, r[:, None], c[None, :], M, N, lse2[:, None], delta[:, None], pairs, threshold, factors, slope, band,
             edge, F,
         )  # fmt: skip
         dq = _plus(dq, ds, k_tile, T.d2, T)

@@ -9,10 +9,10 @@ from torch import Tensor
 from flash_attn.backward.kernel import PAD, Features, Tiling, attn_bwd_dkdv, attn_bwd_dq
 from flash_attn.problem import Gradients, Operands, Problem
 from flash_attn.reference.dropout import threshold
-from flash_attn.tile.dropout import calls_abreast
+from flash_attn.tile.dropout import by_halves
 from flash_attn.tile.score import factors
 from flash_attn.tuning.backward import backward_config, cut, smaller
-from flash_attn.tuning.config import BwdConfig
+from flash_attn.tuning.config import BwdConfig, compiler_options
 from flash_attn.tuning.precision import precision
 from flash_attn.utils.launcher import SharedMemoryError, launch
 
@@ -112,7 +112,7 @@ def common(problem: Problem, ops: Operands, sizes: tuple, tile: BwdConfig) -> tu
     )  # fmt: skip
     features = Features(
         left=problem.left is not None, right=problem.right is not None, softcap=problem.softcap > 0,
-        alibi=problem.alibi, dropout=calls_abreast(problem.dropout_p),
+        alibi=problem.alibi, dropout=threshold(problem.dropout_p) > 0, halves=by_halves(problem),
     )  # fmt: skip
     (d1, d2), (v1, v2) = cut(problem.head_dim), cut(problem.head_dim_v)
     tiling = Tiling(
@@ -210,8 +210,9 @@ def run(plan: Callable[[BwdConfig], Launch], tile: BwdConfig, problem: Problem) 
         step = plan(tile)
         try:
             launch(
-                step.kernel, step.grid, step.args, step.constants, step.num_warps, step.num_stages, problem
-            )
+                step.kernel, step.grid, step.args, step.constants, step.num_warps, step.num_stages, problem,
+                **compiler_options(tile),
+            )  # fmt: skip
             return tile
         except SharedMemoryError:
             less = smaller(tile)

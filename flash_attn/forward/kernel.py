@@ -16,7 +16,7 @@ sequence, packed_tile, row_offsets, key_offsets = (
 load_rows = rows.load
 key_range, full_range, keep = mask.key_range, mask.full_range, mask.keep
 capped, biased = score.capped, score.biased
-key_order, keep_tile, dropped = dropout.key_order, dropout.keep_tile, dropout.dropped
+key_order, random_pairs, dropped = dropout.key_order, dropout.random_pairs, dropout.dropped
 update, finish = softmax.update, softmax.finish
 LOG2E = score.LOG2E
 
@@ -28,7 +28,8 @@ class Features(NamedTuple):
     right: bool
     softcap: bool
     alibi: bool
-    dropout: int  # `tile.dropout.calls_abreast`
+    dropout: bool
+    halves: bool  # `tile.dropout.by_halves`
     positive: bool  # the factor that turns scores into logits is above 0, so it commutes with the maximum
     fast_tanh: bool  # one instruction, for inputs of 16 bits
     page_tiles: bool  # a tile of keys never crosses a page
@@ -60,8 +61,6 @@ def _over_keys(
             k_off = key_offsets(cols, valid, start_k, b_k, k_strides, paging)
             v_off = key_offsets(cols, valid, start_k, b_k, v_strides, paging)
         k_tile = load_rows(k, k_off, valid, dims, D, BLOCK_D <= D, MASKED)
-        if F.dropout and D <= 64:  # under the product of the last tile; with more columns it costs registers
-            kept = keep_tile(rng, bh, q_rows, n, threshold, BLOCK_N, F)
         x = tl.dot(q_tile, tl.trans(k_tile), input_precision=F.precision)  # [BLOCK_M, BLOCK_N] fp32
         if D > BLOCK_D:
             k_tile2 = load_rows(k, k_off, valid, dims2, D, BLOCK_D + BLOCK_D2 <= D, MASKED)
@@ -75,15 +74,14 @@ def _over_keys(
             if (n < full_lo) | (n + BLOCK_N > full_hi):
                 x = tl.where(keep(q_rows[:, None], cols[None, :], M, N, band, F), x, float("-inf"))
         m, l, p, rescale = update(m, l, x, outer, MASKED)
+        p = p.to(v.dtype.element_ty)
         if F.dropout:
-            if D > 64:
-                kept = keep_tile(rng, bh, q_rows, n, threshold, BLOCK_N, F)
-            p = dropped(p, kept, threshold)
+            p = dropped(p, random_pairs(rng, bh, q_rows, n, BLOCK_N, F), threshold, F)
         v_tile = load_rows(v, v_off, valid, dims_v, DV, BLOCK_DV <= DV, MASKED)
-        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * rescale[:, None], input_precision=F.precision)
+        acc = tl.dot(p, v_tile, acc * rescale[:, None], input_precision=F.precision)
         if DV > BLOCK_DV:
             v_tile2 = load_rows(v, v_off, valid, dims_v2, DV, BLOCK_DV + BLOCK_DV2 <= DV, MASKED)
-            acc2 = tl.dot(p.to(v_tile.dtype), v_tile2, acc2 * rescale[:, None], input_precision=F.precision)
+            acc2 = tl.dot(p, v_tile2, acc2 * rescale[:, None], input_precision=F.precision)
     return acc, acc2, m, l
 
 
@@ -133,7 +131,7 @@ def attn_fwd(
     paging,  # (block_table or None, its row stride, page size)
     sizes,  # (max_q, max_k, query heads per kv head, heads, batch, blocks of rows, heads of a section, total_q)
     band, factors, alibi_slopes, alibi_stride_b, sink,
-    rng_state, threshold, rescale,  # dropout: (seed, offset), kept values of 65536, 1 / (1 - p)
+    rng_state, threshold, rescale,  # dropout: (seed, offset), dropped values of 32768, 1 / (1 - p)
     F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, D: tl.constexpr,
     DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_D2: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_DV2: tl.constexpr,
 ):  # fmt: skip

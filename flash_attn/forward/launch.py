@@ -8,10 +8,10 @@ from torch import Tensor
 from flash_attn.forward.kernel import Features, attn_fwd
 from flash_attn.problem import Operands, Problem
 from flash_attn.reference.dropout import threshold
-from flash_attn.tile.dropout import calls_abreast
+from flash_attn.tile.dropout import by_halves
 from flash_attn.tile.score import factors
 from flash_attn.tuning import table
-from flash_attn.tuning.config import FwdConfig, pieces, smaller
+from flash_attn.tuning.config import FwdConfig, compiler_options, pieces, smaller
 from flash_attn.tuning.precision import precision
 from flash_attn.utils import launcher
 
@@ -143,8 +143,9 @@ def prepare(problem: Problem, ops: Operands, out: Tensor, lse: Tensor) -> Prepar
         step = plan(problem, ops, out, lse, config)
         try:
             binary = launcher.prepare(
-                step.kernel, step.args, step.constants, step.num_warps, step.num_stages, problem
-            )
+                step.kernel, step.args, step.constants, step.num_warps, step.num_stages, problem,
+                **compiler_options(config),
+            )  # fmt: skip
             bare = all(x is None for x in ops[3:])
             rest = (*step.args[5:], *step.constants.values()) if bare else None
             return Prepared(binary, fix(problem, ops, out, lse, config), rest)
@@ -204,7 +205,8 @@ def features(problem: Problem, config: FwdConfig) -> Features:
         right=problem.right is not None,
         softcap=problem.softcap > 0,
         alibi=problem.alibi,
-        dropout=calls_abreast(problem.dropout_p),
+        dropout=threshold(problem.dropout_p) > 0,
+        halves=by_halves(problem),
         positive=problem.scale > 0 or problem.softcap > 0,
         fast_tanh=problem.dtype.itemsize == 2 and problem.device == "cuda" and not torch.version.hip,
         page_tiles=problem.paged and not problem.leftpad and problem.page_size % config.block_n == 0,

@@ -14,8 +14,8 @@ _LOW = 0xFFFFFFFF
 
 
 def threshold(dropout_p: float) -> int:
-    """Keep an element iff its 16 random bits are below this."""
-    return round((1.0 - dropout_p) * 65536)
+    """Drop an element iff its 15 random bits are below this; 0 where nothing is dropped."""
+    return round(dropout_p * 32768)
 
 
 def _mul_hi_lo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,13 +63,16 @@ def keep_mask(
     b, h = (torch.as_tensor(x, dtype=torch.int64, device=device) for x in (b, h))
     bh = (b.reshape([*b.shape, *[1] * h.dim()]) * heads + h)[..., None, None]
     row = torch.arange(rows.start, rows.stop, device=device)[:, None]
-    group = torch.arange(cols.start // 8, -(-cols.stop // 8), device=device)
+    group = torch.arange(cols.start // 16, -(-cols.stop // 16), device=device)
     key = seed & _LOW, ((seed ^ offset) >> 32) & _LOW
-    words = philox4x32((offset & _LOW, group, row, bh), key)  # each (..., rows, groups)
+    words = philox4x32((offset & _LOW, group, bh, row), key)  # each (..., rows, groups)
     limit = threshold(dropout_p)
-    halves = [half < limit for word in words for half in (word & 0xFFFF, word >> 16)]
-    keep = torch.stack(torch.broadcast_tensors(*halves), -1).flatten(
-        -2
-    )  # column 8 * group + index of the half
-    first = cols.start % 8
+    halves = [
+        (turned >> shift & 0x7FFF) >= limit
+        for word in words
+        for turned in (word, word << 8 | word >> 24)
+        for shift in (0, 16)
+    ]
+    keep = torch.stack(torch.broadcast_tensors(*halves), -1).flatten(-2)  # column 16 * group + index
+    first = cols.start % 16
     return keep[..., first : first + len(cols)]

@@ -14,6 +14,7 @@ class FwdConfig(NamedTuple):
     num_warps: int
     num_stages: int
     split: bool = False  # a loop of its own for the tiles of keys that every row sees whole
+    registers: int = 0  # at most so many of a thread; 0: as many as the compiler wants
 
 
 class BwdConfig(NamedTuple):
@@ -25,6 +26,12 @@ class BwdConfig(NamedTuple):
     num_stages: int
     rows_first: bool = False  # dK/dV only: hold the scores as rows x keys, not keys x rows
     one_loop: bool = False  # over masked and whole tiles alike; with a window always
+    registers: int = 0  # as in FwdConfig
+
+
+def compiler_options(config: FwdConfig | BwdConfig) -> dict[str, int]:
+    """What `launcher.prepare` passes to the compiler beside warps and stages."""
+    return {"maxnreg": config.registers} if config.registers else {}
 
 
 def pieces(dim: int) -> tuple[int, int]:

@@ -136,7 +136,7 @@ struct Exact {
             for (int j = 0; j < end; ++j) sum += s[j] = std::exp(s[j] - top);
             lse.push_back(end ? top + std::log(sum) : -INFINITY);
             for (int j = 0; j < end; ++j) {
-                const bool kept = dropout.bits(b * p.heads + h, row, j / 8) >> j % 8 & 1;
+                const bool kept = dropout.bits(b * p.heads + h, row, j / 16) >> j % 16 & 1;
                 s[j] /= sum;
                 dp[j] *= kept ? 1 / (1 - a.dropout_p) : 0.0;
                 delta += s[j] * dp[j];
