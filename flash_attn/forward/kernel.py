@@ -15,9 +15,9 @@ sequence, packed_tile, row_offsets, key_offsets = (
 )
 load_rows = rows.load
 key_range, full_range, keep = mask.key_range, mask.full_range, mask.keep
-capped, biased = score.capped, score.biased
+capped, biased, score_pivot = score.capped, score.biased, score.pivot
 key_order, random_pairs, dropped = dropout.key_order, dropout.random_pairs, dropout.dropped
-update, finish = softmax.update, softmax.finish
+update, finish, exp2_mixed = softmax.update, softmax.finish, softmax.exp2_mixed
 LOG2E = score.LOG2E
 
 
@@ -30,6 +30,7 @@ class Features(NamedTuple):
     alibi: bool
     dropout: bool
     halves: bool  # `tile.dropout.by_halves`
+    bounded: bool  # `tile.score.bounded`
     positive: bool  # the factor that turns scores into logits is above 0, so it commutes with the maximum
     fast_tanh: bool  # one instruction, for inputs of 16 bits
     page_tiles: bool  # a tile of keys never crosses a page
@@ -70,18 +71,29 @@ def _over_keys(
         if F.alibi or not F.positive:
             x = biased(x, outer, q_rows[:, None], cols[None, :], M, N, slope, F)
             outer = 1.0
-        if MASKED:  # noqa: SIM102 - the outer one folds at compile time, the inner is a uniform branch
-            if (n < full_lo) | (n + BLOCK_N > full_hi):
-                x = tl.where(keep(q_rows[:, None], cols[None, :], M, N, band, F), x, float("-inf"))
-        m, l, p, rescale = update(m, l, x, outer, MASKED)
+        # the outer condition on a mask folds at compile time, the inner is a uniform branch
+        if F.bounded:
+            p = exp2_mixed(x, outer, score_pivot(outer), F.fast_tanh)
+            if MASKED:  # noqa: SIM102
+                if (n < full_lo) | (n + BLOCK_N > full_hi):
+                    p = tl.where(keep(q_rows[:, None], cols[None, :], M, N, band, F), p, 0.0)
+            l += tl.sum(p, 1)
+        else:
+            if MASKED:  # noqa: SIM102
+                if (n < full_lo) | (n + BLOCK_N > full_hi):
+                    x = tl.where(keep(q_rows[:, None], cols[None, :], M, N, band, F), x, float("-inf"))
+            m, l, p, rescale = update(m, l, x, outer, MASKED)
+            acc *= rescale[:, None]
+            if DV > BLOCK_DV:
+                acc2 *= rescale[:, None]
         p = p.to(v.dtype.element_ty)
         if F.dropout:
             p = dropped(p, random_pairs(rng, bh, q_rows, n, BLOCK_N, F), threshold, F)
         v_tile = load_rows(v, v_off, valid, dims_v, DV, BLOCK_DV <= DV, MASKED)
-        acc = tl.dot(p, v_tile, acc * rescale[:, None], input_precision=F.precision)
+        acc = tl.dot(p, v_tile, acc, input_precision=F.precision)
         if DV > BLOCK_DV:
             v_tile2 = load_rows(v, v_off, valid, dims_v2, DV, BLOCK_DV + BLOCK_DV2 <= DV, MASKED)
-            acc2 = tl.dot(p, v_tile2, acc2 * rescale[:, None], input_precision=F.precision)
+            acc2 = tl.dot(p, v_tile2, acc2, input_precision=F.precision)
     return acc, acc2, m, l
 
 
@@ -166,6 +178,8 @@ def attn_fwd(
         acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
         acc2 = tl.zeros([BLOCK_M, BLOCK_DV2], tl.float32)
         m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        if F.bounded:
+            m = tl.zeros([BLOCK_M], tl.float32) + score_pivot(factors[1])
         l = tl.zeros([BLOCK_M], tl.float32)
         if sink is not None:  # a key without a value
             m = l + tl.load(sink + head).to(tl.float32) * LOG2E

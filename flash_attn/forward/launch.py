@@ -9,7 +9,7 @@ from flash_attn.forward.kernel import Features, attn_fwd
 from flash_attn.problem import Operands, Problem
 from flash_attn.reference.dropout import threshold
 from flash_attn.tile.dropout import by_halves
-from flash_attn.tile.score import factors
+from flash_attn.tile.score import bounded, factors
 from flash_attn.tuning import table
 from flash_attn.tuning.config import FwdConfig, compiler_options, pieces, smaller
 from flash_attn.tuning.precision import precision
@@ -207,6 +207,7 @@ def features(problem: Problem, config: FwdConfig) -> Features:
         alibi=problem.alibi,
         dropout=threshold(problem.dropout_p) > 0,
         halves=by_halves(problem),
+        bounded=bounded(problem),
         positive=problem.scale > 0 or problem.softcap > 0,
         fast_tanh=problem.dtype.itemsize == 2 and problem.device == "cuda" and not torch.version.hip,
         page_tiles=problem.paged and not problem.leftpad and problem.page_size % config.block_n == 0,

@@ -73,6 +73,7 @@ def describe(problem: Problem) -> dict[str, Any]:
         head_dim_v=padded(problem.head_dim_v),
         mask=mask,
         dropout=problem.dropout_p > 0,
+        softcap=problem.softcap > 0,
         max_q=problem.max_q,
         max_k=problem.max_k,
     ) | (dict(products=precision(problem)) if problem.dtype is torch.float32 else {})
@@ -93,6 +94,7 @@ def nearest(problem: Problem, device: DeviceInfo, direction: str = "forward") ->
         if key.get("products") != want.get("products"):
             continue
         distance = 10.0 * (key["dropout"] != want["dropout"]) + 5.0 * (key["mask"] != want["mask"])
+        distance += 10.0 * (key.get("softcap", False) != want["softcap"])
         for size in ("max_q", "max_k"):
             distance += abs(math.log2(max(key[size], 1)) - math.log2(max(want[size], 1)))
         if distance < best_distance:
