@@ -202,6 +202,23 @@ def test_no_length_stride_or_scale_is_specialised():
     assert len(seen) == 1
 
 
+@pytest.mark.parametrize("page_size", [0, 7, 16, 256])
+def test_pages_leave_decode_its_pipeline(page_size):
+    """Three tiles of keys and values are on their way, on pages as without: Triton gives a part of the stages to
+    loads that other loads wait for, and has no pipeline at all for a value carried over two rounds."""
+    from flash_attn.forward import decode
+    from flash_attn.tuning.config import FwdConfig
+
+    case = Case("x", head_dim=128, page_size=page_size, seqused_k=(256, 200), **HALF | FEW)
+    problem, ops, *_ = build(case._replace(max_k=1792))
+    out, lse = decode.outputs(problem, ops.q, 1)
+    step = decode.plan(problem, ops, out, lse, FwdConfig(16, 64, 4, 4), 1)[0]
+    kernel = launcher.build(*step[:1], *step[2:], target=GPUTarget("cuda", 90, 32))
+    tiles, table = 3 * 2 * 64 * 128 * 2, 3 * 64 * 4
+    assert tiles <= kernel.metadata.shared <= tiles + table + 8192
+    assert kernel.asm["ptx"].count("cp.async.wait_group") > 1
+
+
 def test_unaligned_rows_get_their_own_kernel():
     """A view that starts in the middle of 16 bytes must not be read 16 bytes at a time."""
     from flash_attn.forward import launch

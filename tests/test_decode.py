@@ -99,7 +99,10 @@ class TestPlanning:
         assert spans * config.block_n <= max(max_k, config.block_n)
         if max_k == 131072:
             waves = batch * 8 * spans / 132
-            assert waves / math.ceil(waves) > 0.85
+            at_once = (
+                config.block_n == 64 and config.num_stages == 3
+            )  # three programs fit on a multiprocessor
+            assert waves / math.ceil(waves) > 0.85 or (at_once and waves <= 3)
 
     def test_splits_asked_for_are_taken(self):
         config = FwdConfig(16, 64, 4, 3)

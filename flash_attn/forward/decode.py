@@ -1,8 +1,8 @@
 """Attention of few query rows over many keys: bound by the bandwidth of reading K and V, so the keys are split.
 
 The query heads that share a key/value head and their queries form the rows of one tile (row r is query r // GROUP,
-head r % GROUP), so every key is read once. A program folds one span of the keys;
-`forward/split.py` merges the spans.
+head r % GROUP), so every key is read once. A program folds one span of the keys, which is every so many-th tile of
+them; `forward/split.py` merges the spans.
 """
 
 from typing import Any, NamedTuple
@@ -42,9 +42,10 @@ def attn_decode(
 
     It writes out and lse; or, when SPLIT, the numerator of out to `out` and the base-2 maximum and the sum to `lse`,
     which holds the maxima of all spans and then the sums: `forward/split.py` merges them.
+    Span s is tiles s, s + spans, s + 2 spans, ... of the visible keys: without a window no program has to wait for the
+    length of its sequence before it knows which pages it needs.
     PAGE is the page size, 0 without pages; ALIGNED: every tile of keys is whole pages, or lies inside one.
-    TWINS: k and v have the same strides, so one offset of a key serves both (with pages it pays from 256 columns on:
-    below, Triton then moves 64-bit offsets between layouts instead of pages).
+    TWINS: k and v have the same strides, so one offset of a key serves both (with pages it pays from 256 columns on).
 
     Grid: kv heads x spans x row blocks x sequences in one dimension, kv heads fastest: programs that run together
     read neighbouring memory. Strides are (batch, seq, head), of lse (batch, head).
@@ -52,10 +53,12 @@ def attn_decode(
     cu_q, cu_k, used_q, used_k, leftpad, batch_idx = lengths
     max_q, max_k, kv_heads, spans, row_blocks = sizes
     pid = tl.program_id(0)
-    head = pid % kv_heads
-    span = pid // kv_heads % spans
-    block = pid // (kv_heads * spans) % row_blocks
-    b = pid // (kv_heads * spans * row_blocks)
+    # a division takes 35 instructions before the first load
+    head, rest = pid % kv_heads, pid // kv_heads
+    span = rest * 0
+    if SPLIT:
+        span, rest = rest % spans, rest // spans
+    block, b = rest % row_blocks, rest // row_blocks
 
     start_q, owned = sequence(cu_q, None, max_q, b)
     M = owned
@@ -86,9 +89,9 @@ def attn_decode(
     lo, hi = key_range(row_lo, row_hi, M, N, band, F)
     lo = lo // BLOCK_N * BLOCK_N
     hi = tl.where(row_lo < M, hi, lo)
-    per = tl.cdiv(tl.cdiv(tl.maximum(hi - lo, 0), BLOCK_N), spans) * BLOCK_N
-    n0 = lo + span * per
-    n1 = tl.minimum(n0 + per, hi)
+    step = BLOCK_N
+    if SPLIT:
+        step = spans * BLOCK_N
 
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -106,24 +109,23 @@ def attn_decode(
     else:
         k_rows = row_offsets(first + in_tile, 0, cache_row, k_strides)
         v_rows = row_offsets(first + in_tile, 0, cache_row, v_strides)
-    page = page_of(paging, b, first + n0, first + n1, PAGE, BLOCK_N, ALIGNED)
+    # Pages are looked up in the loop, so that Triton's pipeline loads them, too. It gives half of its stages to them,
+    # hence twice as many. (By hand, a tile ahead, the compiler waits for a page where it was asked for.)
+    stages: tl.constexpr = 2 * STAGES - 1 if PAGE else STAGES
     # one loop with a mask, not a masked and an unmasked one: a second pipeline would have to fill again
-    for n in tl.range(n0, n1, BLOCK_N, num_stages=STAGES):
+    for n in tl.range(lo + span * BLOCK_N, hi, step, num_stages=stages):
         cols = n + in_tile
-        valid = cols < n1
+        valid = cols < hi
         if PAGE:
-            # the pages of the next tile, a tile ahead: were they looked up with the loads that need them, Triton
-            # would give half of its pipeline to the table
-            here, page = page, page_of(paging, b, first + n + BLOCK_N, first + n1, PAGE, BLOCK_N, ALIGNED)
-            here = here.to(tl.int64)
+            page = page_of(paging, b, first + n, max_k, PAGE, BLOCK_N, ALIGNED).to(tl.int64)
             if ALIGNED:
                 inside = n % PAGE if PAGE > BLOCK_N else 0
-                k_off = here * k_strides[0] + inside * k_strides[1] + k_rows
-                v_off = here * v_strides[0] + inside * v_strides[1] + v_rows
+                k_off = page * k_strides[0] + inside * k_strides[1] + k_rows
+                v_off = page * v_strides[0] + inside * v_strides[1] + v_rows
             else:
                 slot = (first + cols) % PAGE
-                k_off = here * k_strides[0] + slot * k_strides[1]
-                v_off = here * v_strides[0] + slot * v_strides[1]
+                k_off = page * k_strides[0] + slot * k_strides[1]
+                v_off = page * v_strides[0] + slot * v_strides[1]
         else:
             k_off, v_off = n * k_strides[1] + k_rows, n * v_strides[1] + v_rows  # strides are 64 bits wide
         if TWINS:
@@ -165,17 +167,21 @@ def attn_decode(
 
 
 @triton.jit
-def page_of(paging, b, at, last, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, ALIGNED: tl.constexpr):
-    """Pages of rows [at, at + BLOCK_N) of sequence `b`, 0 from row `last` on; one when a page holds them all."""
-    if PAGE:
-        table = paging[0] + b.to(tl.int64) * paging[1]
-        if ALIGNED and PAGE >= BLOCK_N:
-            return tl.load(table + at // PAGE, mask=at < last, other=0)
-        else:
-            rows = at + tl.arange(0, BLOCK_N)
-            return tl.load(table + rows // PAGE, mask=rows < last, other=0)
+def page_of(paging, b, at, capacity, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, ALIGNED: tl.constexpr):
+    """Pages of rows [at, at + BLOCK_N) of sequence `b`, as [BLOCK_N].
+
+    The table has entries for `capacity` rows. What it holds behind the last key may be anything, so the loads of keys
+    must mask those rows; that it is looked up all the same keeps the length of the sequence out of the way.
+    """
+    table = paging[0] + b.to(tl.int64) * paging[1]
+    if ALIGNED:  # one look-up a page, not one a row
+        COUNT: tl.constexpr = max(BLOCK_N // PAGE, 1)
+        pages = at // PAGE + tl.arange(0, COUNT)
+        found = tl.load(table + pages, mask=pages * PAGE < capacity, other=0)
+        return tl.reshape(tl.broadcast_to(found[:, None], [COUNT, BLOCK_N // COUNT]), [BLOCK_N])
     else:
-        return at
+        rows = at + tl.arange(0, BLOCK_N)
+        return tl.load(table + rows // PAGE, mask=rows < capacity, other=0)
 
 
 class Fixed(NamedTuple):

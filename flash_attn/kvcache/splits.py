@@ -11,6 +11,8 @@ from flash_attn.utils.device import DeviceInfo
 
 MAX_SPLITS = 128
 TILE_BYTES = 64 * 1024  # shared memory for one tile of keys and values
+RESIDENT = 3  # programs of light tiles (half of that, two of them on their way) that registers leave room for
+LIGHT_BYTES = TILE_BYTES + 10 * 1024  # shared memory of such a program, its queries included
 BYTES_PER_US = 33_000  # that a multiprocessor reads when all do
 START_US, MERGE_US = (
     6.0,
@@ -51,20 +53,22 @@ def configs(problem: Problem, shared_memory: int, multiprocessors: int) -> tuple
     block_m = min(MAX_ROWS, max(16 if problem.dtype.itemsize < 4 else 1, _power(rows(problem))))
     d, dv = (max(16, _power(x)) for x in (problem.head_dim, problem.head_dim_v))
     itemsize = problem.dtype.itemsize
-    # the largest power of two (a tile has no other length) of keys whose rows fit: d + dv need not be one
-    large = max(16, min(128, _power(TILE_BYTES // ((d + dv) * itemsize) + 1) // 2))
+    large, light = (_keys(size, (d + dv) * itemsize) for size in (TILE_BYTES, TILE_BYTES // 2))
     small = max(16, large // 2)
     wide = problem.head_dim + problem.head_dim_v >= 512 and itemsize < 4
     share = programs(problem, block_m) / multiprocessors
     if problem.num_splits == 1:
         first = (large, 3)
     elif share > 1:
-        first = (large, 2)
+        # light tiles where all programs fit on the machine together: those on a crowded multiprocessor then read as
+        # fast as the others
+        all_fit = light >= 64 and share * LIGHT_BYTES <= shared_memory and share <= RESIDENT
+        first = (light, 3) if all_fit else (large, 2)
     elif share * problem.max_k >= 2048 and 2 * large * (d + dv) * itemsize <= TILE_BYTES and itemsize < 4:
         # short rows, many steps, and no other program that hides the latency of one
         first = (2 * large, 3)
-    elif problem.paged:
-        first = (large, 4 if share * problem.max_k >= 2048 and not wide else 3)
+    elif problem.paged and share * problem.max_k >= 2048:
+        first = (large, 3)  # longer steps, since each looks pages up
     elif small < 64 or (problem.head_dim + problem.head_dim_v) * itemsize * small < TILE_BYTES // 2:
         # a step takes its time however little it reads: few keys, or few bytes a key, want larger steps
         first = (large, 4 if (d + dv) * itemsize * large <= TILE_BYTES // 2 else 3)
@@ -93,6 +97,8 @@ def num_splits(problem: Problem, config: FwdConfig, multiprocessors: int) -> int
     if problem.num_splits:
         return min(problem.num_splits, MAX_SPLITS)
     units = programs(problem, config.block_m)
+    if multiprocessors < units <= _resident(problem, config) * multiprocessors:
+        return 1  # all run at once
     keys = visible_keys(problem)
     read_us = keys * (problem.head_dim + problem.head_dim_v) * problem.dtype.itemsize / BYTES_PER_US
 
@@ -103,12 +109,23 @@ def num_splits(problem: Problem, config: FwdConfig, multiprocessors: int) -> int
     return min(range(1, max(1, min(MAX_SPLITS, keys // config.block_n)) + 1), key=time_us)
 
 
+def _resident(problem: Problem, config: FwdConfig) -> int:
+    """Programs that share a multiprocessor: of `light` tiles (see `configs`) several, else one counts as filling it."""
+    row = (problem.head_dim + problem.head_dim_v) * problem.dtype.itemsize
+    return RESIDENT if config.num_stages == 3 and 2 * config.block_n * row <= TILE_BYTES else 1
+
+
 def visible_keys(problem: Problem) -> int:
     """Most keys that the rows of one sequence can see together."""
     if problem.left is None:
         return problem.max_k
     right = 0 if problem.right is None else problem.right
     return min(problem.max_k, problem.left + 1 + problem.max_q + right)
+
+
+def _keys(size: int, row: int) -> int:
+    """The largest power of two (a tile has no other length) of keys of `row` bytes that fit, between 16 and 128."""
+    return max(16, min(128, _power(size // row + 1) // 2))
 
 
 def _power(x: int) -> int:
