@@ -52,6 +52,7 @@ class Tiling(NamedTuple):
         bool  # dkdv holds S as rows x keys and gradients as dims x keys; otherwise S^T, and keys x dims
     )
     precision: str  # of products of fp32: "ieee", "tf32" or "tf32x3"
+    pipelined: bool  # Triton loads tiles ahead of the products: more than one stage
     one_loop: bool  # over all tiles, asking each whether it needs the mask; otherwise a loop for each kind
 
 
@@ -226,13 +227,19 @@ def _over_rows(
     Transposed, S^T, P^T and dS^T stay in registers, and the products that use them run while the next tile is
     prepared. A thread holds lse and delta of many rows then, so each is loaded only where it is used. With rows first
     P and dS go through shared memory, but lse and delta take one register per row of a thread, and the head dim is
-    the long side of the products: it fills two warp groups where 64 keys do not.
+    the long side of the products: it fills two warp groups where 64 keys do not. There, without a pipeline, offsets
+    are made of 64-bit rows, which are computed again in each step where `q_rows` would stay in registers (and spill).
     """
     for m in range(span[0], span[3], T.block_m):
         r = m + tl.arange(0, T.block_m)
-        q_tile = _load(q + m * q_stride, q_rows, r < M, T.D, T.d1, T.d2)
-        do_tile = _load(do + m * do_stride, do_rows, r < M, T.DV, T.v1, T.v2)
-        if T.rows_first and lse2_at is not None:
+        if T.rows_first and not T.pipelined:
+            q_tile = _load(q, r.to(tl.int64) * q_stride, r < M, T.D, T.d1, T.d2)
+            do_tile = _load(do, r.to(tl.int64) * do_stride, r < M, T.DV, T.v1, T.v2)
+        else:
+            q_tile = _load(q + m * q_stride, q_rows, r < M, T.D, T.d1, T.d2)
+            do_tile = _load(do + m * do_stride, do_rows, r < M, T.DV, T.v1, T.v2)
+        late: tl.constexpr = lse2_at is not None and T.pipelined and not T.rows_first
+        if lse2_at is not None and not late:
             lse2, delta = tl.load(lse2_at + r), tl.load(delta_at + r)
         elif lse2_at is None:
             out = own[0] + where[1] * own[1][2]
@@ -256,14 +263,16 @@ def _over_rows(
             )  # fmt: skip
             if F.dropout:
                 p = dropped(p.to(do_tile[0].dtype), pairs, threshold, F)
+            if not T.pipelined:  # both stored before either product
+                p, ds = p.to(do_tile[0].dtype), ds.to(q_tile[0].dtype)
             dv = _plus_transposed(dv, p, do_tile, T.v2, T)
             dk = _plus_transposed(dk, ds, q_tile, T.d2, T)
         else:
             qk = _inner(k_tile, q_tile, T.d2, T)  # [block_n, block_m] fp32
-            if lse2_at is not None:
+            if late:
                 lse2 = tl.load(lse2_at + r)
             dp = _inner(v_tile, do_tile, T.v2, T)
-            if lse2_at is not None:
+            if late:
                 delta = tl.load(delta_at + r)
             p, ds = _p_and_ds(
                 qk, dp, r[None, :], c[:, None], M, N, lse2[None, :], delta[None, :], pairs, threshold, factors, slope,

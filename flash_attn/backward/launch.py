@@ -98,7 +98,9 @@ def _statistics_at(stats: Statistics) -> tuple:
     return (stats.lse2, stats.delta), row_strides(stats.lse2)[:2]
 
 
-def common(problem: Problem, ops: Operands, sizes: tuple, tile: BwdConfig) -> tuple[tuple, dict]:
+def common(
+    problem: Problem, ops: Operands, sizes: tuple, tile: BwdConfig, direction: str = "dkdv"
+) -> tuple[tuple, dict]:
     """(the last run-time arguments, constants) of all kernels."""
     slopes = ops.alibi_slopes
     rescale = 1.0 / (1.0 - problem.dropout_p)
@@ -114,12 +116,13 @@ def common(problem: Problem, ops: Operands, sizes: tuple, tile: BwdConfig) -> tu
         left=problem.left is not None, right=problem.right is not None, softcap=problem.softcap > 0,
         alibi=problem.alibi, dropout=threshold(problem.dropout_p) > 0, halves=by_halves(problem),
     )  # fmt: skip
-    (d1, d2), (v1, v2) = cut(problem.head_dim), cut(problem.head_dim_v)
+    (d1, d2), (v1, v2) = cut(problem.head_dim, direction), cut(problem.head_dim_v, direction)
     tiling = Tiling(
         block_m=tile.block_m, block_n=tile.block_n, D=problem.head_dim, DV=problem.head_dim_v,
         d1=d1, d2=d2, v1=v1, v2=v2,
         rows_first=tile.rows_first or features.dropout > 0,  # the keys of a Philox call must lie side by side in a row
         precision=precision(problem),
+        pipelined=tile.num_stages > 1,
         one_loop=tile.one_loop or problem.left is not None,  # two loops do not know the left edge
     )  # fmt: skip
     return args, dict(F=features, T=tiling)
@@ -130,7 +133,7 @@ def plan_dq(
     dq: Tensor, dsink: Tensor | None, tile: BwdConfig,
 ) -> Launch:  # fmt: skip
     blocks, programs = dq_grid(problem, ops, tile)
-    args, constants = common(problem, ops, (blocks, ops.q.shape[0]), tile)
+    args, constants = common(problem, ops, (blocks, ops.q.shape[0]), tile, "dq")
     tensors = (ops.q, ops.k, ops.v, out, dout, dq)
     rows = (lse, dlse, (row_strides(lse), row_strides(dlse)), ops.sink, dsink, 1.0 - problem.dropout_p)
     return Launch(

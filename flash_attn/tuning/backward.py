@@ -36,17 +36,21 @@ def backward_config(problem: Problem) -> tuple[BwdConfig, BwdConfig]:
     return _lookup(problem._replace(batch=0, scale=0.0), devices.info(), precision(problem))
 
 
-def cut(dim: int) -> tuple[int, int]:
+def cut(dim: int, direction: str = "dkdv") -> tuple[int, int]:
     """Two power-of-two tiles that cover a head dimension: (first, second or 0).
 
     From 129 on there are two, so that 192 is 128 + 64 and 256 has half as many row addresses to keep in registers.
-    The second has at least 64 columns, the least that Hopper's matrix units take as rows of a product.
+    The second has at least 64 columns, the least that Hopper's matrix units take as rows of a product. "dq" has half
+    the accumulators: 256 is one tile there, whose products wait for each other half as often.
     """
     whole = max(16, 1 << (dim - 1).bit_length())
     if whole < 256:
         return whole, 0
     first = whole // 2
-    return first, max(64, 1 << (dim - first - 1).bit_length())
+    second = max(64, 1 << (dim - first - 1).bit_length())
+    if direction == "dq" and whole == 256 == first + second:
+        return whole, 0
+    return first, second
 
 
 def shared_memory(config: BwdConfig, problem: Problem, direction: str) -> int:
@@ -55,7 +59,9 @@ def shared_memory(config: BwdConfig, problem: Problem, direction: str) -> int:
     own, streamed = config.block_n, config.block_m
     if direction == "dq":
         own, streamed = streamed, own
-    scratch = config.block_m * config.block_n if config.rows_first else 0  # P or dS
+    scratch = 0
+    if config.rows_first:  # P or dS, both without a pipeline
+        scratch = config.block_m * config.block_n * (2 if config.num_stages == 1 else 1)
     return problem.dtype.itemsize * (dims * (own + config.num_stages * streamed) + scratch) + 1024
 
 
@@ -119,5 +125,5 @@ def rule(problem: Problem, device: DeviceInfo, products: str = "ieee") -> tuple[
             dkdv = BwdConfig(128, 64, 8, 2 if device.capability < (10, 0) else 1, rows_first=True)
         return dkdv, BwdConfig(128, 64, 8, 2)
     if D <= 256:
-        return BwdConfig(128, 64, 8, 1, rows_first=True), BwdConfig(128, 64, 8, 1)
+        return BwdConfig(128, 64, 8, 1, rows_first=True), BwdConfig(128, 64, 8, 1, one_loop=True)
     return BwdConfig(32, 32, 8, 1), BwdConfig(32, 32, 8, 1)
