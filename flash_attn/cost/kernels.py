@@ -339,11 +339,11 @@ def _backward(problem: Problem, shapes, work, tiles: Tiles, backend: str) -> tup
         if max(d, dv) > 128:  # dQ by a kernel of its own
             rows = in_turn(shapes, Tile(128, tile.block_n), p.left, p.right)
             rows = rows * p.heads if packed else _merged(rows, heads * p.heads)
-            exps = 128 * tile.block_n
+            exps, moved = 128 * tile.block_n, tile.block_n * token
             return (
                 before,
                 Pass("dk dv", keys, 1, 4 * block * (d + dv), block, query, reads + t["dk"] + t["dv"], packed),
-                Pass("dq", rows, 1, 2 * exps * (2 * d + dv), exps, tile.block_n * token, reads + t["dq"], packed),
+                Pass("dq", rows, 1, 2 * exps * (2 * d + dv), exps, moved, reads + t["dq"], packed),
             )
         wide = work.rows * p.head_dim * 4  # dQ in fp32, added up in L2
         flops = 2 * block * (3 * d + 2 * dv)
