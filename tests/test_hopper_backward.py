@@ -230,14 +230,14 @@ def fragments(x: torch.Tensor) -> torch.Tensor:
 )
 @pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # range over a loaded number
 @pytest.mark.parametrize("head_dim, head_dim_v", [(64, 64), (96, 96), (256, 128)])
-@pytest.mark.parametrize("packed", [None, (70, 1, 0, 130)])
+@pytest.mark.parametrize("packed", [None, (70, 1, 0, 300)])
 def test_the_kernels_around_the_main_one(head_dim, head_dim_v, packed):
     """The main kernel replaced by the oracle: it must find the row statistics and zeros, and its sums must reach dq.
 
     Above head dimension 128 the kernel of dQ is replaced, too, and there are no sums.
     """
     what = (
-        dict(packed_q=packed, packed_k=packed, batch=4, max_q=130, max_k=130)
+        dict(packed_q=packed, packed_k=packed, batch=len(packed), max_q=max(packed), max_k=max(packed))
         if packed
         else dict(max_q=150, max_k=90)
     )
@@ -249,17 +249,20 @@ def test_the_kernels_around_the_main_one(head_dim, head_dim_v, packed):
     dout, dlse = torch.randn(out.shape).bfloat16(), torch.randn(lse.shape)
     want = oracle.backward(built.problem, ops, out.bfloat16(), lse.float(), dout, dlse)
     T = hopper_launch.schedule(p)
-    columns = T.D if T.BLOCK_M == 128 else T.D // 2
+    columns = hopper_launch.piece_columns(T)
+    pieces = T.BLOCK_M * T.D // (64 * columns)  # of a tile
     starts = [b * p.max_q for b in range(p.batch + 1)] if packed is None else ops.cu_seqlens_q.tolist()
     flat = lambda x: x.flatten(0, 1) if packed is None else x  # noqa: E731  rows of all sequences in one dimension
     by_head = lambda x: x.transpose(0, 1).flatten(1) if packed is None else x  # noqa: E731
     delta = (flat(dout).double() * flat(out.bfloat16()).double()).sum(-1).T - by_head(dlse)
 
     def run(kernel, grid, args, constants, *_):
-        if kernel.__name__ not in ("attn_bwd_hopper", "attn_bwd_dq"):
+        if not kernel.__name__.startswith("attn_bwd"):
             return kernel[grid](*args, **constants)
         given = dict(zip(kernel.arg_names, args, strict=False))
         tiles = given["sizes"][7]
+        if given["seqs"][4] is not None:
+            check_list(given["seqs"][4].view(-1, 8), starts, T.BLOCK_N)
         if kernel.__name__ == "attn_bwd_dq":
             stats = given["stats"]
             rows = slice(0, starts[-1])
@@ -268,7 +271,7 @@ def test_the_kernels_around_the_main_one(head_dim, head_dim_v, packed):
             stats = given["stats_desc"].base
         stats = stats.view(p.heads, tiles, 2, T.BLOCK_M)
         sums = given.get("dq_acc")
-        sums = None if sums is None else sums.view(p.heads, tiles, 2, 64 * columns)
+        sums = None if sums is None else sums.view(p.heads, tiles, pieces, 64 * columns)
         for b, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
             first = b * -(-p.max_q // T.BLOCK_M) if packed is None else start // T.BLOCK_M + b
             for m in range(-(-(end - start) // T.BLOCK_M)):
@@ -286,9 +289,18 @@ def test_the_kernels_around_the_main_one(head_dim, head_dim_v, packed):
                 dq = torch.zeros(p.heads, T.BLOCK_M, T.D)
                 dq[:, :n, :head_dim] = flat(want.dq)[rows].transpose(0, 1) / p.scale
                 for h in range(p.heads):
-                    halves = dq[h].split(64) if T.BLOCK_M == 128 else dq[h].split(columns, 1)
-                    for w in range(2):
+                    halves = dq[h].split(columns, 1) if columns < T.D else dq[h].split(64)
+                    for w in range(pieces):
                         sums[h, first + m, w] = fragments(halves[w].contiguous())
+
+    def check_list(found, starts, block):
+        want = []
+        for b, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
+            n = end - start
+            tiles = -(-n // block)
+            want += [(tiles - i, b, [i, b, start, n, n, start, n, n]) for i in range(tiles)]
+        want = [x[2] for x in sorted(want, key=lambda x: (-x[0], x[1]))]
+        assert found.tolist() == want + [[0] * 8] * (len(found) - len(want))
 
     with pytest.MonkeyPatch.context() as patch, nan_empty():
         patch.setattr(hopper_launch, "_launch", run)

@@ -126,6 +126,16 @@ def _power_of_two(most: int) -> int:
     return 1 << most.bit_length() - 1
 
 
+def _waves(programs: int) -> int:
+    """Groups of so many programs that cover `_AHEAD`."""
+    return -(-_AHEAD // programs)
+
+
+def piece_columns(T: Schedule) -> int:
+    """Columns of a piece of dQ, which has 64 rows: what one warpgroup computes at once."""
+    return T.D if T.BLOCK_M == 128 else T.D // 2
+
+
 def divider(d: int) -> tuple[int, int]:
     """(multiplier, shift) with which `hopper_tiles.quotient` divides by d > 0; both as signed 32 bits."""
     shift = (d - 1).bit_length()
@@ -144,6 +154,7 @@ class Plan(NamedTuple):
     blocks: int  # of ROWS padded query rows, for the kernel before
     rows: int
     dividers: tuple  # of a program's number, see `hopper_tiles.order`; of a pair by the kv heads
+    pairs: int  # (batch, kv head) pairs; kv heads where the key tiles of all sequences are listed
     ahead: int  # (batch, kv head) pairs whose sums of dQ are zeroed before the main kernel; it zeroes so far ahead
     dq_tiles: int  # tiles of queries of `attn_bwd_dq`; with their own group width and dividers
     dq_width: int
@@ -167,26 +178,34 @@ def plan(problem: Problem, T: Schedule | None = None) -> Plan:
         return list(block), gl.NVMMASharedLayout(0, 32, rank=len(block))
 
     keys = 64 if T.D <= 128 else T.BLOCK_N
-    piece = 64 * (T.D if T.BLOCK_M == 128 else T.D // 2) // 256
+    piece = 64 * piece_columns(T) // 256
     boxes = (
         box(T.BLOCK_M, T.D), box(T.BLOCK_M, T.DV), box(keys, T.D), box(keys, T.DV), flat(T.BLOCK_M), flat(piece, 256),
     )  # fmt: skip
     rows = 64 if T.D <= 128 else 32
     blocks = -(-problem.max_q // T.BLOCK_M) * T.BLOCK_M // rows
     key_tiles, width = -(-problem.max_k // T.BLOCK_N), group_width(problem)
-    ahead = -(-_AHEAD // (key_tiles * width)) * width
-    if F.ragged:  # all before: zeroing on the way is seen right on a GPU with dense tensors only
+    ahead = _waves(key_tiles * width) * width
+    if F.ragged:  # all before, unless `listed`
         ahead = problem.batch * problem.kv_heads
     dq_tiles, dq_width = -(-problem.max_q // 128), dq_group_width(problem)
     return Plan(
         T, F, boxes, key_tiles, width, blocks, rows, _dividers(key_tiles, width, problem.batch, problem.kv_heads),
-        ahead, dq_tiles, dq_width, _dividers(dq_tiles, dq_width, problem.batch, problem.heads),
+        problem.batch * problem.kv_heads, ahead, dq_tiles, dq_width,
+        _dividers(dq_tiles, dq_width, problem.batch, problem.heads),
     )  # fmt: skip
 
 
 def _dividers(tiles: int, width: int, batch: int, heads: int) -> tuple:
     """`Plan.dividers` for `tiles` programs of each of batch * heads pairs."""
     return tuple(divider(d) for d in (tiles * width, width, batch * heads % width or width, heads))
+
+
+def listed(p: Plan, problem: Problem, slots: int) -> Plan:
+    """`p` for packed lengths: programs walk through a list of `slots` key tiles of all sequences, head by head."""
+    pairs = problem.kv_heads
+    dividers = _dividers(slots, 1, 1, pairs)
+    return p._replace(key_tiles=slots, width=1, dividers=dividers, ahead=_waves(slots), pairs=pairs)
 
 
 def addressable(x: Tensor) -> bool:
@@ -271,15 +290,21 @@ def backward(
     # the kernel before sums delta in an order that depends on how wide it may load: only one is compiled
     out, dout = for_tma(out), for_tma(dout)
     p = plan(problem)
+    work_list = None
+    if problem.varlen_q and problem.varlen_k and p.T.D <= 128:
+        p = listed(p, problem, ops.k.shape[0] // p.T.BLOCK_N + problem.batch)
+        work_list = torch.empty(p.key_tiles * 8, dtype=torch.int32, device=ops.q.device)
     T, where = p.T, ops.q.device
     tiles = query_tiles(problem, ops.q.shape[0], T.BLOCK_M)
     padded = problem.heads * tiles * T.BLOCK_M
-    work = Workspace(torch.empty(padded * 2, dtype=torch.float32, device=where), None, None, None, tiles)
+    work = Workspace(
+        torch.empty(padded * 2, dtype=torch.float32, device=where), None, None, None, tiles, work_list
+    )
     if T.D <= 128:
         turns = torch.empty(problem.heads * tiles * 2, dtype=torch.int32, device=where) if T.ORDERED else None
         work = work._replace(
             dq_acc=torch.empty(padded * T.D, dtype=torch.float32, device=where),
-            zeroed=torch.empty(problem.batch * problem.kv_heads, dtype=torch.int32, device=where),
+            zeroed=torch.empty(p.pairs, dtype=torch.int32, device=where),
             turns=turns,
         )
     dsink_parts = _before(problem, p, ops, out, lse, dout, dlse, work)
@@ -301,6 +326,7 @@ class Workspace(NamedTuple):
     zeroed: Tensor | None  # int32 per (batch, kv head): programs that have zeroed their share of its sums
     turns: Tensor | None  # int32 (heads, tiles, 2): programs that have added to a piece of dQ, if ordered
     tiles: int  # padded query tiles a head
+    work_list: Tensor | None  # int32 (entries, 8), see `hopper_pre.list_key_tiles`
 
 
 _binaries: dict[Any, Any] = {}
@@ -324,23 +350,30 @@ def _before(problem, p, ops, out, lse, dout, dlse, work) -> Tensor | None:
 
     packed, T = problem.varlen_q, p.T
     parts = None
+    grid = (p.blocks, problem.heads, problem.batch)
+    if work.work_list is not None:
+        grid = ((out.shape[0] // T.BLOCK_M + problem.batch) * (T.BLOCK_M // p.rows), problem.heads, 1)
     if ops.sink is not None:
-        parts = torch.empty(problem.heads, problem.batch * p.blocks, dtype=torch.float32, device=dout.device)
+        parts = torch.empty(problem.heads, grid[0] * grid[2], dtype=torch.float32, device=dout.device)
     # the main kernel adds outer * (q.k + initial value), or with a softcap uses the base-2 lse itself
     lse_scale = LOG2E if problem.softcap > 0 else 1.0 / problem.scale
     args = (
         out, dout, lse, dlse, ops.sink, work.stats, work.dq_acc, work.zeroed, work.turns, parts,
         _strides(out, packed), _strides(dout, packed),
-        _row_strides(lse, packed), _row_strides(dlse, packed), (ops.cu_seqlens_q, ops.seqused_q),
-        (problem.max_q, work.tiles, problem.kv_heads, p.ahead, p.key_tiles), lse_scale,
+        _row_strides(lse, packed), _row_strides(dlse, packed),
+        (ops.cu_seqlens_q, ops.cu_seqlens_k, ops.seqused_q, ops.seqused_k, work.work_list),
+        (problem.max_q, work.tiles, problem.kv_heads, p.ahead, p.key_tiles,
+         out.shape[0], problem.batch, p.key_tiles), lse_scale,
     )  # fmt: skip
-    constants = dict(BLOCK_M=T.BLOCK_M, ROWS=p.rows, D=T.D, DV=T.DV, DIM_V=problem.head_dim_v)
+    constants = dict(
+        BLOCK_M=T.BLOCK_M, BLOCK_N=T.BLOCK_N, ROWS=p.rows, D=T.D, DV=T.DV, DIM_V=problem.head_dim_v
+    )
     sink = None if ops.sink is None else ops.sink.dtype
     key = (
         "before", p.T, problem.head_dim_v, problem.dtype, out.device.index, dlse is None, sink,
-        problem.varlen_q, problem.seqused_q,
+        problem.varlen_q, problem.varlen_k, problem.seqused_q, problem.seqused_k,
     )  # fmt: skip
-    _launch(bwd_before, (p.blocks, problem.heads, problem.batch), args, constants, problem, key)
+    _launch(bwd_before, grid, args, constants, problem, key)
     return parts
 
 
@@ -360,18 +393,17 @@ def main_arguments(
     sums = None
     if work.dq_acc is not None:
         sums = Box(work.dq_acc, [work.dq_acc.numel() // 256, 256], [256, 1], *of_sums)
-    pairs = problem.batch * problem.kv_heads
     args = (
         _tiles_of(q, F.ragged, of_q), _tiles_of(dout, F.ragged, of_dout), _tiles_of(k, F.ragged, of_k),
         _tiles_of(v, F.ragged, of_v), Box(work.stats, [work.stats.numel()], [1], *of_stats), sums,
         _tiles_of(dk, F.ragged, of_k), _tiles_of(dv, F.ragged, of_v), units,
         work.dq_acc, work.zeroed, work.turns,
-        (ops.cu_seqlens_q, ops.cu_seqlens_k, ops.seqused_q, ops.seqused_k),
-        (problem.max_q, problem.max_k, problem.heads, problem.kv_heads, pairs, p.width, p.key_tiles, work.tiles,
+        (ops.cu_seqlens_q, ops.cu_seqlens_k, ops.seqused_q, ops.seqused_k, work.work_list),
+        (problem.max_q, problem.max_k, problem.heads, problem.kv_heads, p.pairs, p.width, p.key_tiles, work.tiles,
          p.ahead, *p.dividers, problem.group),
         (problem.left or 0, problem.right or 0), factors(problem.scale, problem.softcap), problem.scale,
     )  # fmt: skip
-    return (p.key_tiles * pairs, 1, 1), args, dict(F=F, T=p.T)
+    return (p.key_tiles * p.pairs, 1, 1), args, dict(F=F, T=p.T)
 
 
 def _main(problem, p, ops, dout, work, dk, dv) -> None:
@@ -406,7 +438,7 @@ def dq_arguments(problem: Problem, p: Plan, ops: Operands, dout: Tensor, work: W
     args = (
         _tiles_of(q, F.ragged, of_q), _tiles_of(dout, F.ragged, of_dout), _tiles_of(k, F.ragged, of_k),
         _tiles_of(v, F.ragged, of_v), _tiles_of(dq, F.ragged, of_q), units, work.stats,
-        (ops.cu_seqlens_q, ops.cu_seqlens_k, ops.seqused_q, ops.seqused_k),
+        (ops.cu_seqlens_q, ops.cu_seqlens_k, ops.seqused_q, ops.seqused_k, None),
         (problem.max_q, problem.max_k, problem.heads, problem.heads, pairs, p.dq_width, p.dq_tiles, work.tiles,
          0, *p.dq_dividers, problem.group),
         (problem.left or 0, problem.right or 0), factors(problem.scale, problem.softcap), problem.scale,
@@ -431,23 +463,32 @@ def _dq(problem, p, ops, dout, work, dq) -> None:
 def _after(problem, p, ops, work, dq) -> None:
     from flash_attn.backward.hopper_pre import bwd_after
 
-    pieces = -(-problem.max_q // p.T.BLOCK_M) * 2
+    columns = piece_columns(p.T)
+    a_tile = p.T.BLOCK_M // 64 * (p.T.D // columns)
+    grid = (-(-problem.max_q // p.T.BLOCK_M) * a_tile, problem.heads, problem.batch)
+    if work.work_list is not None:
+        grid = ((dq.shape[0] // p.T.BLOCK_M + problem.batch) * a_tile, problem.heads, 1)
     args = (
-        work.dq_acc, dq, _strides(dq, problem.varlen_q), ops.cu_seqlens_q, (problem.max_q, work.tiles),
+        work.dq_acc, dq, _strides(dq, problem.varlen_q), ops.cu_seqlens_q,
+        (problem.max_q, work.tiles, dq.shape[0], problem.batch),
         problem.scale,
     )  # fmt: skip
-    constants = dict(BLOCK_M=p.T.BLOCK_M, D=p.T.D, DIM=problem.head_dim)
+    constants = dict(
+        BLOCK_M=p.T.BLOCK_M, D=p.T.D, DIM=problem.head_dim, COLS=columns, LISTED=work.work_list is not None
+    )
     key = (
         "after",
         p.T.BLOCK_M,
         p.T.D,
+        columns,
         problem.head_dim,
         problem.dtype,
         dq.device.index,
         addressable(dq),
         problem.varlen_q,
+        problem.varlen_k,
     )
-    _launch(bwd_after, (pieces, problem.heads, problem.batch), args, constants, problem, key)
+    _launch(bwd_after, grid, args, constants, problem, key)
 
 
 def _zero_rest(problem, ops, dq, dk, dv) -> None:

@@ -3,7 +3,58 @@
 import triton
 import triton.language as tl
 
-from flash_attn.tile.rows import sequence
+from flash_attn.tile.rows import packed_tile, sequence
+
+
+@triton.jit
+def list_key_tiles(work_list, b, seqs, batch, slots, BLOCK_N: tl.constexpr):
+    """Write the entries of sequence b's key tiles: (tile, b, first key, keys of the slot, keys, first query, queries of
+    the slot, queries), int32; by sequence 0 also those that remain, as tiles without keys or queries.
+
+    Sorted by the number of tiles from the tile to the end of its sequence, so that with a causal mask the longest
+    come first, and those of a sequence in their order.
+    """
+    start_k, slot_k = sequence(seqs[1], None, 0, b)
+    start_q, slot_q = sequence(seqs[0], None, 0, b)
+    N, M = slot_k, slot_q
+    if seqs[3] is not None:
+        N = tl.minimum(tl.load(seqs[3] + b), slot_k)
+    if seqs[2] is not None:
+        M = tl.minimum(tl.load(seqs[2] + b), slot_q)
+    own = (slot_k + BLOCK_N - 1) // BLOCK_N
+    for first in range(0, own, 32):
+        n = first + tl.arange(0, 32)
+        left = own - n
+        position = tl.zeros([32], tl.int32)
+        for c in range(0, batch, 32):
+            i = c + tl.arange(0, 32)
+            k0 = tl.load(seqs[1] + i, mask=i < batch, other=0)
+            k1 = tl.load(seqs[1] + i + 1, mask=i < batch, other=0)
+            tiles = (k1 - k0 + BLOCK_N - 1) // BLOCK_N
+            ahead = tl.maximum(tiles[:, None] - left[None, :], 0)
+            ahead += ((i < b)[:, None] & (tiles[:, None] >= left[None, :])).to(tl.int32)
+            position += tl.sum(ahead, 0)
+        at = work_list + position * 8
+        valid = n < own
+        tl.store(at, n, valid)
+        tl.store(at + 1, b, valid)
+        tl.store(at + 2, start_k, valid)
+        tl.store(at + 3, slot_k, valid)
+        tl.store(at + 4, N, valid)
+        tl.store(at + 5, start_q, valid)
+        tl.store(at + 6, slot_q, valid)
+        tl.store(at + 7, M, valid)
+    if b == 0:
+        total = 0
+        for c in range(0, batch, 32):
+            i = c + tl.arange(0, 32)
+            k0 = tl.load(seqs[1] + i, mask=i < batch, other=0)
+            k1 = tl.load(seqs[1] + i + 1, mask=i < batch, other=0)
+            total += tl.sum((k1 - k0 + BLOCK_N - 1) // BLOCK_N, 0)
+        zeros = tl.zeros([256], tl.int32)
+        for first in range(total * 8, slots * 8, 256):
+            i = first + tl.arange(0, 256)
+            tl.store(work_list + i, zeros, i < slots * 8)
 
 
 @triton.jit
@@ -11,31 +62,43 @@ def bwd_before(
     out, dout, lse, dlse, sink, stats, dq_acc, zeroed, turns, dsink,
     out_strides, dout_strides,  # (batch, seq, head)
     of_lse_strides, of_dlse_strides,  # (batch, head, row)
-    seqs,  # (cu_seqlens_q, seqused_q)
-    sizes,  # (max_q, padded query tiles, kv_heads, pairs whose sums are zeroed here, key tiles)
+    seqs,  # (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, list of key tiles), each may be None
+    sizes,  # (max_q, padded query tiles, kv_heads, pairs whose sums are zeroed here, warps that zero, total_q, batch,
+    # entries of the list)
     lse_scale,
-    BLOCK_M: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DIM_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, DIM_V: tl.constexpr,
 ):  # fmt: skip
     """Per query row: -lse * lse_scale and -delta, delta = rowsum(dout * out) - dlse; zeroes turns, and dq_acc (each
     may be None) of the first pairs: the main kernel zeroes the others as it goes (`hopper_tiles.zero_ahead`).
 
     Rows that must give P = 0 (past the end, or seeing no key: lse of either infinity) get -inf and delta 0, so the
     main kernel needs no query mask. With a sink, dsink gets each program's -sum exp(sink - lse) * delta.
-    Grid (blocks of ROWS padded rows, heads, batch).
+    Grid (blocks of ROWS padded rows, heads, batch); with a list (blocks of all sequences, heads, 1).
     """
     # backwards: what the main kernel reads first is then still in L2
     i, h = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
     b = tl.num_programs(2) - 1 - tl.program_id(2)
-    max_q, tiles, kv_heads, first_pairs, key_tiles = sizes
+    max_q, tiles, kv_heads, first_pairs, zeroing, total_q, batch, slots = sizes
     group = tl.num_programs(1) // kv_heads
     pair = b * kv_heads + h // group
     if dq_acc is not None:  # noqa: SIM102  compile time outside, run time inside
         if i == 0:
-            tl.store(zeroed + pair, tl.where(pair < first_pairs, key_tiles, 0))
-    start, slot = sequence(seqs[0], None, max_q, b)
+            tl.store(zeroed + pair, tl.where(pair < first_pairs, zeroing, 0))
+    if seqs[4] is not None:
+        if (h == 0) & (i < batch):
+            list_key_tiles(seqs[4], i, seqs, batch, slots, BLOCK_N)
+        SPLIT: tl.constexpr = BLOCK_M // ROWS
+        b, in_sequence, start, slot, start_k, keys = packed_tile(
+            seqs[0], None, batch, total_q, i // SPLIT, BLOCK_M
+        )
+        slot = tl.where(b < batch, slot, 0)
+        i = in_sequence * SPLIT + i % SPLIT
+    else:
+        start, slot = sequence(seqs[0], None, max_q, b)
     used = slot
-    if seqs[1] is not None:
-        used = tl.minimum(tl.load(seqs[1] + b), slot)
+    if seqs[2] is not None:
+        used = tl.minimum(tl.load(seqs[2] + b, mask=b < batch, other=0), slot)
     first = b * ((max_q + BLOCK_M - 1) // BLOCK_M)
     if seqs[0] is not None:
         first = start // BLOCK_M + b
@@ -95,7 +158,8 @@ def bwd_before(
                 at_acc = at_acc + (rows * D)[:, None] + tl.arange(0, D)[None, :]
                 tl.store(at_acc, tl.zeros([ROWS, D], tl.float32), (rows < padded)[:, None])
     if sink is not None:
-        tl.store(dsink + (h * tl.num_programs(2) + b) * tl.num_programs(0) + i, loss)
+        at = (h * tl.num_programs(2) + tl.program_id(2)) * tl.num_programs(0) + tl.program_id(0)
+        tl.store(dsink + at, loss)
 
 
 @triton.jit
@@ -103,29 +167,35 @@ def bwd_after(
     dq_acc, dq,
     dq_strides,  # (batch, seq, head)
     cu_seqlens_q,
-    sizes,  # (max_q, padded query tiles)
+    sizes,  # (max_q, padded query tiles, total_q, batch)
     scale,
-    BLOCK_M: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, COLS: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
     """dq = scale * dq_acc, from the order of a warpgroup's accumulator [column / 8, warp, r, t, upper or lower, 2].
 
-    Grid (pieces of 64 rows by D or D / 2 columns, heads, batch).
+    Grid (pieces of 64 rows by COLS columns, D or D / 2, heads, batch); LISTED: (pieces of all sequences, heads, 1).
     """
-    COLS: tl.constexpr = D if BLOCK_M == 128 else D // 2
     # backwards: what the main kernel wrote last is still in L2
     i, h = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
     b = tl.num_programs(2) - 1 - tl.program_id(2)
-    start, slot = sequence(cu_seqlens_q, None, sizes[0], b)
+    ACROSS: tl.constexpr = D // COLS
+    PIECES: tl.constexpr = BLOCK_M // 64 * ACROSS  # of a tile
+    if LISTED:
+        b, block, start, slot, start_k, keys = packed_tile(
+            cu_seqlens_q, None, sizes[3], sizes[2], i // PIECES, BLOCK_M
+        )
+        slot = tl.where(b < sizes[3], slot, 0)
+        i = block * PIECES + i % PIECES
+    else:
+        start, slot = sequence(cu_seqlens_q, None, sizes[0], b)
     first = b * ((sizes[0] + BLOCK_M - 1) // BLOCK_M)
     at = b.to(tl.int64) * dq_strides[0]
     if cu_seqlens_q is not None:
         first = start // BLOCK_M + b
         at = start.to(tl.int64) * dq_strides[1]
-    row, col = (i // 2) * 64, (i % 2) * COLS
-    if BLOCK_M == 128:
-        row, col = i * 64, 0
+    row, col = (i // ACROSS) * 64, (i % ACROSS) * COLS
     if row < slot:
-        piece = (h.to(tl.int64) * sizes[1] + first) * 2 + i
+        piece = (h.to(tl.int64) * sizes[1] + first) * PIECES + i
         x = tl.load(tl.multiple_of(dq_acc + piece * (64 * COLS), 16) + tl.arange(0, 64 * COLS))
         x = tl.permute(tl.reshape(x, [COLS // 8, 4, 8, 4, 2, 2]), (1, 4, 2, 0, 3, 5))
         x = (tl.reshape(x, [64, COLS]) * scale).to(dq.dtype.element_ty)

@@ -60,8 +60,23 @@ def query_side(b, cu_q, used_q, max_q, T: gl.constexpr):
 
 @gluon.jit
 def place(program, seqs, sizes, F: gl.constexpr, T: gl.constexpr):
-    """(key tile, kv head, query side, key side) of a program; a side is as in `query_side`, keys have no tile."""
+    """(key tile, kv head, query side, key side) of a program; a side is as in `query_side`, keys have no tile.
+
+    With packed lengths `order` counts entries of the list that `hopper_pre.list_key_tiles` made, and kv heads.
+    """
     n, pair = order(program, sizes)
+    if seqs[4] is not None:
+        at = seqs[4] + n * 8
+        b = gl.load(at + 1)
+        row_q = gl.load(at + 5)
+        q_side = b, row_q, gl.load(at + 6), gl.load(at + 7), row_q // T.BLOCK_M + b
+        return gl.load(at), pair, q_side, (b, gl.load(at + 2), gl.load(at + 3), gl.load(at + 4))
+    else:
+        return _place_of_pair(n, pair, seqs, sizes, T)
+
+
+@gluon.jit
+def _place_of_pair(n, pair, seqs, sizes, T: gl.constexpr):
     b = quotient(pair, sizes[12])
     row_k, slot_k = sequence(seqs[1], None, sizes[1], b)
     N = slot_k
@@ -161,16 +176,19 @@ def zero_ahead(dq_acc, zeroed, seqs, sizes, T: gl.constexpr):
     n, pair = order(gl.program_id(0), sizes)
     later = pair + sizes[8]
     if later < sizes[4]:
-        kv_heads = sizes[3]
-        b = later // kv_heads
-        side = query_side(b, seqs[0], None, sizes[0], T)
-        group = sizes[2] // kv_heads
-        h = (later - b * kv_heads) * group
+        group = sizes[13]
+        if seqs[4] is not None:
+            h, tile0, tiles = later * group, 0, sizes[7]
+        else:
+            b = later // sizes[3]
+            side = query_side(b, seqs[0], None, sizes[0], T)
+            h = (later - b * sizes[3]) * group
+            tile0, tiles = side[4], (side[2] + T.BLOCK_M - 1) // T.BLOCK_M
         L: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
         nothing = gl.zeros([1024], gl.float32, L)
         for _ in range(group):
-            for m in range(n, (side[2] + T.BLOCK_M - 1) // T.BLOCK_M, sizes[6]):
-                at = dq_acc + (h * sizes[7] + side[4] + m).to(gl.int64) * (T.BLOCK_M * T.D)
+            for m in range(n, tiles, sizes[6]):
+                at = dq_acc + (h * sizes[7] + tile0 + m).to(gl.int64) * (T.BLOCK_M * T.D)
                 at = gl.multiple_of(at, 16) + gl.arange(0, 1024, L)
                 for i in range(0, T.BLOCK_M * T.D, 1024):
                     gl.store(at + i, nothing)
