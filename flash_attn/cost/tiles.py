@@ -3,13 +3,12 @@
 from functools import lru_cache
 from typing import NamedTuple
 
-import torch
-
 from flash_attn.cost.hardware import Hardware
 from flash_attn.problem import Problem
 from flash_attn.tuning import table
 from flash_attn.tuning.backward import backward_config
 from flash_attn.tuning.config import padded
+from flash_attn.tuning.hopper import forward_tile
 from flash_attn.utils import device
 from flash_attn.utils.device import DeviceInfo
 
@@ -76,20 +75,8 @@ def resident(tile: Tile, padded_dims: tuple[int, int], itemsize: int, backward: 
 
 
 def _hopper_forward(problem: Problem, found: DeviceInfo) -> Tile:
-    """`forward.hopper_launch._tile`, which cannot be imported without Triton; a test holds the two together."""
-    p = problem
-    plain = not (
-        p.softcap or p.sink or p.varlen_q or p.varlen_k or p.seqused_q or p.seqused_k or p.left is not None
-    )
-    plain = plain and p.dtype == torch.bfloat16 and p.right in (None, 0)
-    if plain and p.head_dim == p.head_dim_v and p.head_dim in (64, 128, 256):
-        row = table.nearest(p, found, "hopper forward")
-        if row is not None:
-            return Tile(64 * row["config"]["WARPGROUPS"], row["config"]["BN"])
-    dim = max(dims(p, "hopper"))
-    if dim <= 64 and p.left is None and (p.right is None or p.max_q > 2048):
-        return Tile(192, 128)
-    return Tile(128, 128 if dim <= 128 or p.head_dim_v <= 128 else 64)
+    tile = forward_tile(problem, found)
+    return Tile(64 * tile["WARPGROUPS"], tile["BN"])
 
 
 def _hopper_backward(problem: Problem) -> Tile:

@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from flash_attn.forward.hopper_config import k_free, q_free, threads, turn, v_free
+from flash_attn.forward.hopper_config import k_free, passes_over, q_free, threads, turn, v_free
 from flash_attn.forward.hopper_load import producer
 from flash_attn.forward.hopper_softmax import (
     first_pivot,
@@ -50,13 +50,26 @@ from flash_attn.tile.score import capped
 
 
 @gluon.jit
+def _here(x):
+    """`x`, but what is made of it is made here and not kept in registers from further up."""
+    return gl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [gl.to_tensor(x)], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def _rows(work, WG: gl.constexpr, C: gl.constexpr):
+    """The query rows of a warpgroup."""
+    return (_here(work.m) * C.WARPGROUPS + WG) * 64 + gl.arange(0, 64, rows_layout(C.BN))
+
+
+@gluon.jit
 def _limits(work, band, WG: gl.constexpr, C: gl.constexpr):
-    """(first query row, rows, keys [lo, hi) of each row) of a warpgroup."""
+    """Keys [lo, hi) of each of them."""
     R: gl.constexpr = rows_layout(C.BN)
-    m_lo = (work.m * C.WARPGROUPS + WG) * 64
-    rows = m_lo + gl.arange(0, 64, R)
+    rows = _rows(work, WG, C)
     lo, hi = key_range(rows, rows + 1, work.M, work.N, band, C)
-    return m_lo, rows, lo + gl.zeros([64], gl.int32, R), hi + gl.zeros([64], gl.int32, R)
+    return lo + gl.zeros([64], gl.int32, R), hi + gl.zeros([64], gl.int32, R)
 
 
 @gluon.jit
@@ -65,7 +78,7 @@ def _first_tile(s, work, band, scale, dtype: gl.constexpr, WG: gl.constexpr, C: 
 
     Without OVERLAP its softmax comes later: (pivot, 0, scores).
     """
-    _, _, lo, hi = _limits(work, band, WG, C)
+    lo, hi = _limits(work, band, WG, C)
     first, n = blocks(work.m, work.M, work.N, band, C)
     s = mask(capped(s, scale[0], C), key_tile(first, n, 0, C), lo, hi, C)
     if C.OVERLAP:
@@ -76,16 +89,19 @@ def _first_tile(s, work, band, scale, dtype: gl.constexpr, WG: gl.constexpr, C: 
 
 
 @gluon.jit
-def _scores(s, n, full, lo, hi, scale, C: gl.constexpr):
+def _scores(s, n, full, work, band, scale, WG: gl.constexpr, C: gl.constexpr):
     """Soft cap and mask. One loop with a uniform branch: a second, mask-free loop spills at head dim 64."""
     s = capped(s, scale[0], C)
     if (C.left or C.right) and ((n >= full[1]) | (n < full[0])):
+        lo, hi = _limits(work, band, WG, C)
         s = mask(s, n, lo, hi, C)
     return s
 
 
 @gluon.jit
-def _overlapped_step(q, rings, bars, it, n, full, lo, hi, state, scale, WG: gl.constexpr, C: gl.constexpr):
+def _overlapped_step(
+    q, rings, bars, it, n, full, work, band, state, scale, WG: gl.constexpr, C: gl.constexpr
+):  # fmt: skip
     """S(j+1) and P(j) V(j) are in flight together; the softmax of S(j+1) runs under the second."""
     k_ring, v_ring = rings
     k_full, v_full = bars
@@ -105,7 +121,7 @@ def _overlapped_step(q, rings, bars, it, n, full, lo, hi, state, scale, WG: gl.c
     OUTPUTS: gl.constexpr = 2 if C.V1 else 1
     s = warpgroup_mma_wait(OUTPUTS, deps=(s,))
     barrier_arrive(k_free(C) + nxt, threads(C))
-    s = _scores(s, n, full, lo, hi, scale, C)
+    s = _scores(s, n, full, work, band, scale, WG, C)
     p16, pivot, l, _, factor = softmax(s, pivot, l, acc, scale[1], v_ring[0].dtype, C)
     mbarrier.wait(v_full.index(nxt), phase)
     acc = wait_output(0, acc)
@@ -116,7 +132,9 @@ def _overlapped_step(q, rings, bars, it, n, full, lo, hi, state, scale, WG: gl.c
 
 
 @gluon.jit
-def _serial_step(q, rings, bars, it, n, full, lo, hi, state, scale, WG: gl.constexpr, C: gl.constexpr):
+def _serial_step(
+    q, rings, bars, it, n, full, work, band, state, scale, WG: gl.constexpr, C: gl.constexpr
+):  # fmt: skip
     """The softmax of S(j); then P(j) V(j) and S(j+1) in flight together, while the other warpgroups do theirs."""
     k_ring, v_ring = rings
     k_full, v_full = bars
@@ -139,7 +157,29 @@ def _serial_step(q, rings, bars, it, n, full, lo, hi, state, scale, WG: gl.const
         random_delay(C.DELAY)
     barrier_arrive(v_free(C) + cur, threads(C))
     barrier_arrive(k_free(C) + nxt, threads(C))
-    return pivot, l, acc, _scores(s, n, full, lo, hi, scale, C)
+    return pivot, l, acc, _scores(s, n, full, work, band, scale, WG, C)
+
+
+@gluon.jit
+def _pass_over(tiles, bars, it, WG: gl.constexpr, C: gl.constexpr):
+    """Free the next key tiles, which this warpgroup sees nothing of, as they come; returns the number of the next.
+
+    With CHAIN, V of the last tile that it sees is free only later, so there must be fewer of them than STAGES.
+    """
+    for _ in range(tiles):
+        st = it % C.STAGES
+        phase = (it // C.STAGES) & 1
+        if C.PINGPONG:
+            barrier_sync(turn(C) + WG, 256)
+            barrier_arrive(turn(C) + (WG + 1) % C.WARPGROUPS, 256)
+        if C.DELAY:
+            random_delay(C.DELAY)
+        mbarrier.wait(bars[0].index(st), phase)
+        barrier_arrive(k_free(C) + st, threads(C))
+        mbarrier.wait(bars[1].index(st), phase)
+        barrier_arrive(v_free(C) + st, threads(C))
+        it += 1
+    return it
 
 
 @gluon.jit
@@ -189,8 +229,12 @@ def _consumer(common, WG: gl.constexpr, C: gl.constexpr):
     barrier_arrive(k_free(C), threads(C))
     pivot, l, tile = _first_tile(s, work, band, scale, v_ring[0].dtype, WG, C)  # P, or S without OVERLAP
     while work.m >= 0:
-        m_lo, rows, lo, hi = _limits(work, band, WG, C)
+        m_lo = (work.m * W + WG) * 64
         first, n = blocks(work.m, work.M, work.N, band, C)
+        own = n
+        if passes_over(C):
+            _, end = key_range(m_lo, m_lo + 64, work.M, work.N, band, C)
+            own = gl.maximum(gl.minimum(gl.cdiv(gl.maximum(end, 0), BN) - first, n), 1)
         full_lo, full_hi = full_range(m_lo, m_lo + 64, work.M, work.N, band, C)
         full = (gl.cdiv(full_lo, BN), gl.maximum(full_hi, 0) // BN)
         buffer = (count % QS) * W + WG
@@ -200,16 +244,16 @@ def _consumer(common, WG: gl.constexpr, C: gl.constexpr):
             p16 = tile
             factor = gl.full([64, 4], 1.0, gl.float32, quad_layout(BN))
             mbarrier.wait(v_full.index(it % C.STAGES), (it // C.STAGES) & 1)
-            for j in range(1, n):
+            for j in range(1, own):
                 pivot, l, acc, p16, factor = _overlapped_step(
-                    q, (k_ring, v_ring), (k_full, v_full), it, key_tile(first, n, j, C), full, lo, hi,
+                    q, (k_ring, v_ring), (k_full, v_full), it, key_tile(first, n, j, C), full, work, band,
                     (pivot, l, acc, p16, factor), scale, WG, C,
                 )  # fmt: skip
                 it += 1
         else:
-            for j in range(1, n):
+            for j in range(1, own):
                 pivot, l, acc, tile = _serial_step(
-                    q, (k_ring, v_ring), (k_full, v_full), it, key_tile(first, n, j, C), full, lo, hi,
+                    q, (k_ring, v_ring), (k_full, v_full), it, key_tile(first, n, j, C), full, work, band,
                     (pivot, l, acc, tile), scale, WG, C,
                 )  # fmt: skip
                 it += 1
@@ -219,6 +263,8 @@ def _consumer(common, WG: gl.constexpr, C: gl.constexpr):
             barrier_arrive(q_free(C) + count % QS, threads(C))
         cur = it % C.STAGES
         it += 1
+        if passes_over(C) and C.CHAIN:
+            it = _pass_over(n - own, (k_full, v_full), it, WG, C)
         nxt = it % C.STAGES
         phase = (it // C.STAGES) & 1
         following = receive(slot, t_full, t_empty, count + 1, sizes, C)
@@ -237,11 +283,16 @@ def _consumer(common, WG: gl.constexpr, C: gl.constexpr):
             s = issue_scores(query(q_ring, next_buffer, C), k_ring, nxt, C)
         if C.PINGPONG:
             barrier_arrive(turn(C) + (WG + 1) % W, 256)
+        rows = _rows(work, WG, C)
         inv, log_sum = finish(pivot, l, rows, work, sink, C)
         offset = work.b.to(gl.int64) * sizes[9] + work.h.to(gl.int64) * sizes[10] + work.start
         gl.store(lse + offset + rows, log_sum, mask=rows < work.rows)
         acc = wait_output(SCORES if C.CHAIN else 0, acc)
         barrier_arrive(v_free(C) + cur, threads(C))
+        if passes_over(C) and not C.CHAIN:
+            it = _pass_over(n - own, (k_full, v_full), it, WG, C)
+            nxt = it % C.STAGES
+            phase = (it // C.STAGES) & 1
         _store(acc, inv, rows, m_lo, work, o_descs, o_ring, buffer if C.SHARE else WG, units, C)
         if not C.CHAIN:
             if C.SHARE:

@@ -36,6 +36,13 @@ class Config(NamedTuple):
     DELAY: int = 0  # debug: random sleeps up to this many ns in every role
 
 
+@gluon.constexpr_function
+def passes_over(C):
+    """Whether a warpgroup passes over the key tiles behind its diagonal. Two would gain half a tile at most of 64 keys,
+    which measured as nothing, for registers that they need."""
+    return C.right and C.WARPGROUPS > 2
+
+
 # First id of each group of named barriers, counted down from the top: V free and K free (one per stage), Q free (one
 # per Q buffer), and whose turn it is to issue products (one per warpgroup).
 

@@ -13,7 +13,7 @@ from flash_attn.forward.hopper_config import Config
 from flash_attn.problem import Operands, Problem
 from flash_attn.tile.hopper import RAGGED_ROWS
 from flash_attn.tile.score import factors
-from flash_attn.tuning import table
+from flash_attn.tuning.hopper import forward_tile, split_dim
 from flash_attn.utils import device, launcher, replay
 
 _GLUON = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
@@ -44,18 +44,6 @@ class Plan(NamedTuple):
     swizzle: int
     blocks: int  # query blocks of the longest sequence
     constants: dict[str, Any]
-
-
-def split_dim(d: int) -> tuple[int, int]:
-    """`d` as one or two powers of two that a wgmma and a swizzled box can have; TMA pads the rest with zeros."""
-    for whole in (64, 128, 256):
-        if d <= whole:
-            half = whole // 2
-            for rest in (32, 64):
-                if half >= 64 and rest < half and d <= half + rest:
-                    return half, rest
-            return whole, 0
-    raise ValueError(f"head dim {d} > 256")
 
 
 @lru_cache(maxsize=1024)
@@ -98,38 +86,11 @@ def plan(problem: Problem, changes: tuple = ()) -> Plan:
 
 
 def _tile(problem: Problem) -> dict[str, Any]:
-    """The measured row nearest to a plain dense bf16 problem; a rule for all others.
-
-    Each row was checked on the GPU on what it was measured on; the rule was checked with every feature.
-    """
-    plain = not (problem.softcap or problem.sink or problem.varlen_q or problem.varlen_k)
-    plain = plain and not (problem.seqused_q or problem.seqused_k) and problem.dtype == torch.bfloat16
-    measured_dim = problem.head_dim == problem.head_dim_v and problem.head_dim in (64, 128, 256)
-    full_or_causal = problem.left is None and problem.right in (None, 0)
-    info = device.info()
-    if plain and measured_dim and full_or_causal and info is not None:
-        row = table.nearest(problem, info, "hopper forward")
-        if row is not None:
-            measured = dict(row["config"])
-            # measured with Triton 3.6; ptxas of 3.9 spills 160 bytes with Q in registers at D = 256
-            if not triton.__version__.startswith("3.6."):
-                measured["QREG"] *= problem.head_dim < 256
-            return measured
-    dim = sum(split_dim(max(problem.head_dim, problem.head_dim_v)))
-    tile = dict(WARPGROUPS=2, BN=128, STAGES=2, PINGPONG=False, CHAIN=True, OVERLAP=False, QREG=0, SHARE=False,
-                registers=(240, 24))  # fmt: skip
-    if dim <= 64 and problem.left is None and problem.max_q > 1024:
-        return tile | dict(WARPGROUPS=4, BN=64, STAGES=4, registers=(112, 24))
-    if dim <= 64:
-        return tile | dict(STAGES=4)
-    if dim <= 128:
-        return tile
-    (d0, d1), (v0, v1) = split_dim(problem.head_dim), split_dim(problem.head_dim_v)
-    if v0 != d0 or v1 not in (0, d1):  # O does not fit into the place of Q
-        return tile | dict(BN=64, CHAIN=False)
-    if problem.head_dim_v <= 128:  # shared memory has no room for a second Q
-        return tile | dict(CHAIN=False, SHARE=True)
-    return tile | dict(BN=64, PINGPONG=True, CHAIN=False, SHARE=True, STAGES=3 if dim <= 192 else 2)
+    tile = forward_tile(problem, device.info())
+    # measured with Triton 3.6; ptxas of 3.9 spills 160 bytes with Q in registers at D = 256
+    if problem.head_dim > 192 and not triton.__version__.startswith("3.6."):
+        tile = tile | dict(QREG=0)
+    return tile
 
 
 def _swizzle(problem: Problem) -> int:

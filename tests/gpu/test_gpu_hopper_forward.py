@@ -27,6 +27,8 @@ LONG = dict(max_q=700, max_k=900, dtype=BF16, head_dim=64)
 PACKED = dict(
     batch=6, packed_q=(1, 130, 64, 300, 0, 257), packed_k=(70, 130, 0, 555, 12, 128), max_q=300, max_k=555
 )
+LONGER = LONG | dict(max_q=1100)  # the rule takes smaller key tiles and more warpgroups from 1024 queries on
+LONGER_PACKED = PACKED | dict(packed_q=(1, 1100, 64, 300, 0, 257), max_q=1100)
 CASES = [
     Case(f"{name}_{d}", **LONG | dict(head_dim=d) | mask)
     for d in (64, 128, 256)
@@ -38,6 +40,14 @@ CASES = [
         "packed_all": PACKED | dict(window=(40, 20), softcap=8.0, sink=True, seqused_k=(33, 130, 0, 1, 12, 127)),
         "packed_used": PACKED | dict(causal=True, seqused_q=(1, 100, 0, 300, 0, 200)),
         "used": dict(batch=3, seqused_k=(0, 900, 130), seqused_q=(700, 3, 0), causal=True),
+    }.items()
+] + [
+    Case(f"longer_{name}_{d}", **LONGER | dict(head_dim=d) | mask)
+    for d in (64, 96, 128)
+    for name, mask in {
+        "softcap": dict(softcap=5.0, scale=1.0), "right": dict(window=(-1, 77)), "sink": dict(sink=True, causal=True),
+        "packed": LONGER_PACKED, "packed_causal": LONGER_PACKED | dict(causal=True),
+        "used": dict(batch=3, seqused_k=(0, 900, 130), seqused_q=(1100, 3, 0), causal=True),
     }.items()
 ] + [
     Case("fp16_causal_128", **LONG | dict(head_dim=128, dtype=FP16), causal=True),
