@@ -48,6 +48,6 @@ def test_gradient_of_lse(name):
 
 def test_equals_two_launches_to_the_bit():
     """The same products in the same order."""
-    problem, ops, out, lse, dout = make(next(c for c in cases.BACKWARD_CASES if c.id == "several_tiles"))
+    problem, ops, out, lse, dout = make(cases.Case("tiles", batch=1, max_q=50, max_k=70, causal=True))
     one, two = (run(problem, ops, out, lse, dout, way=way) for way in (short, launch))
     assert all(torch.equal(x, y) for x, y in zip(one[:3], two[:3], strict=True))
