@@ -196,5 +196,6 @@ class TestCompiled:
 
 # bytes that ptxas may spill: a few registers once a tile of queries, where a head dim takes all there are
 FEW = 32 if triton.__version__.startswith("3.6.") else 48
-# more: at D = 64 six (3.9: eight) registers, stored once a program and loaded once a tile; at D = 128 some in the loop
-SPILLS = {"64_causal_4k": 64, "128_causal_4k": 52}
+# more: at D = 64 six (3.9: eight) registers, stored once a program and loaded once a tile; the other two spill some in
+# the loop and are faster all the same than what spills nothing
+SPILLS = {"64_causal_4k": 64, "128_causal_4k": 52, "192_128_causal": 256}
