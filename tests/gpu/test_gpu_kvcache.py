@@ -142,11 +142,11 @@ def test_new_lengths_compile_nothing():
     make = dict(device="cuda", dtype=torch.bfloat16)
     q = torch.randn(2, 1, 8, 64, **make)
     flash_attn_with_kvcache(q, *torch.randn(2, 2, 1024, 2, 64, **make), cache_seqlens=7)
-    flash_attn_with_kvcache(
-        q.repeat(99, 1, 1, 1), *torch.randn(2, 198, 1024, 2, 64, **make), cache_seqlens=7
-    )  # no split
+    for repeats in (99, 200):  # no split: programs that fit on an H200 together, and more
+        kv = torch.randn(2, 2 * repeats, 1024, 2, 64, **make)
+        flash_attn_with_kvcache(q.repeat(repeats, 1, 1, 1), *kv, cache_seqlens=7)
     before = launcher.compilations()
-    for batch, capacity in ((1, 1024), (3, 2000), (2, 8192), (200, 300)):
+    for batch, capacity in ((1, 1024), (3, 2000), (2, 8192), (150, 300), (300, 300)):
         q = torch.randn(batch, 1, 8, 64, **make)
         k, v = torch.randn(2, batch, capacity, 2, 64, **make)
         flash_attn_with_kvcache(
