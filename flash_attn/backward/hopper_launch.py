@@ -38,6 +38,7 @@ class Schedule(NamedTuple):
     DS_STAGES: int  # pairs of buffers of dS, above 128 of P
     DEFER: bool = False  # dQ of a step is computed in the next one
     ORDERED: bool = False  # programs add to dQ in a fixed order; above 128 none adds to another's
+    SINGLE: bool = False  # one warpgroup a program, two programs a processor (`hopper_single.py`)
     DELAY: int = 0  # debug build: warps sleep up to so many nanoseconds here and there, to provoke races
 
 
@@ -87,6 +88,11 @@ def schedule(problem: Problem) -> Schedule:
     # with few steps a key tile, the step more that this costs is not won back: causal 1k 596 -> 612 us, 2k 959 -> 924
     if D == 64 and (problem.right is None or problem.max_q > 1024):
         T = T._replace(DEFER=True, DS_STAGES=3)
+    # a program of few steps spends a third of its time at its start and end: causal 256 421 -> 376 us, 1k 594 -> 564;
+    # the steps themselves are slower, so with twice as many it loses. A softcap lacks the registers
+    few = problem.max_q * problem.group <= (512 if problem.right is None else 1024)
+    if D == 64 and few and not problem.deterministic and problem.softcap == 0:
+        T = Schedule(D, DV, BLOCK_M=64, BLOCK_N=128, STAGES=2, DS_STAGES=1, SINGLE=True)
     return T
 
 
@@ -126,14 +132,14 @@ def _power_of_two(most: int) -> int:
     return 1 << most.bit_length() - 1
 
 
-def _waves(programs: int) -> int:
+def _waves(T: Schedule, programs: int) -> int:
     """Groups of so many programs that cover `_AHEAD`."""
-    return -(-_AHEAD // programs)
+    return -(-_AHEAD * (2 if T.SINGLE else 1) // programs)
 
 
 def piece_columns(T: Schedule) -> int:
     """Columns of a piece of dQ, which has 64 rows: what one warpgroup computes at once."""
-    return T.D if T.BLOCK_M == 128 else T.D // 2
+    return T.D if T.BLOCK_M == 128 or T.SINGLE else T.D // 2
 
 
 def divider(d: int) -> tuple[int, int]:
@@ -179,13 +185,14 @@ def plan(problem: Problem, T: Schedule | None = None) -> Plan:
 
     keys = 64 if T.D <= 128 else T.BLOCK_N
     piece = 64 * piece_columns(T) // 256
+    stats = flat(T.BLOCK_M * 2 if T.SINGLE else T.BLOCK_M)  # both rows at once, or one
     boxes = (
-        box(T.BLOCK_M, T.D), box(T.BLOCK_M, T.DV), box(keys, T.D), box(keys, T.DV), flat(T.BLOCK_M), flat(piece, 256),
+        box(T.BLOCK_M, T.D), box(T.BLOCK_M, T.DV), box(keys, T.D), box(keys, T.DV), stats, flat(piece, 256),
     )  # fmt: skip
     rows = 64 if T.D <= 128 else 32
     blocks = -(-problem.max_q // T.BLOCK_M) * T.BLOCK_M // rows
     key_tiles, width = -(-problem.max_k // T.BLOCK_N), group_width(problem)
-    ahead = _waves(key_tiles * width) * width
+    ahead = _waves(T, key_tiles * width) * width
     if F.ragged:  # all before, unless `listed`
         ahead = problem.batch * problem.kv_heads
     dq_tiles, dq_width = -(-problem.max_q // 128), dq_group_width(problem)
@@ -205,7 +212,7 @@ def listed(p: Plan, problem: Problem, slots: int) -> Plan:
     """`p` for packed lengths: programs walk through a list of `slots` key tiles of all sequences, head by head."""
     pairs = problem.kv_heads
     dividers = _dividers(slots, 1, 1, pairs)
-    return p._replace(key_tiles=slots, width=1, dividers=dividers, ahead=_waves(slots), pairs=pairs)
+    return p._replace(key_tiles=slots, width=1, dividers=dividers, ahead=_waves(p.T, slots), pairs=pairs)
 
 
 def addressable(x: Tensor) -> bool:
@@ -355,6 +362,7 @@ def _before(problem, p, ops, out, lse, dout, dlse, work) -> Tensor | None:
         grid = ((out.shape[0] // T.BLOCK_M + problem.batch) * (T.BLOCK_M // p.rows), problem.heads, 1)
     if ops.sink is not None:
         parts = torch.empty(problem.heads, grid[0] * grid[2], dtype=torch.float32, device=dout.device)
+    zeroing = 4 if T.SINGLE else 1  # warps of a program, see `hopper_tiles.zeroing_warps`
     # the main kernel adds outer * (q.k + initial value), or with a softcap uses the base-2 lse itself
     lse_scale = LOG2E if problem.softcap > 0 else 1.0 / problem.scale
     args = (
@@ -362,7 +370,7 @@ def _before(problem, p, ops, out, lse, dout, dlse, work) -> Tensor | None:
         _strides(out, packed), _strides(dout, packed),
         _row_strides(lse, packed), _row_strides(dlse, packed),
         (ops.cu_seqlens_q, ops.cu_seqlens_k, ops.seqused_q, ops.seqused_k, work.work_list),
-        (problem.max_q, work.tiles, problem.kv_heads, p.ahead, p.key_tiles,
+        (problem.max_q, work.tiles, problem.kv_heads, p.ahead, p.key_tiles * zeroing,
          out.shape[0], problem.batch, p.key_tiles), lse_scale,
     )  # fmt: skip
     constants = dict(
@@ -407,7 +415,10 @@ def main_arguments(
 
 
 def _main(problem, p, ops, dout, work, dk, dv) -> None:
-    from flash_attn.backward.hopper import attn_bwd_hopper
+    if p.T.SINGLE:
+        from flash_attn.backward.hopper_single import attn_bwd_hopper_single as kernel
+    else:
+        from flash_attn.backward.hopper import attn_bwd_hopper as kernel
 
     # TMA writes dk and dv: into tensors it can address, copied where the caller's are not
     dk_to, dv_to = for_tma(dk), for_tma(dv)
@@ -416,7 +427,7 @@ def _main(problem, p, ops, dout, work, dk, dv) -> None:
         "main", p.T, p.F, problem.dtype, dk.device.index, problem.varlen_q, problem.varlen_k,
         problem.seqused_q, problem.seqused_k,
     )  # fmt: skip
-    _launch(attn_bwd_hopper, grid, args, constants, problem, key)
+    _launch(kernel, grid, args, constants, problem, key)
     if dk_to is not dk:
         dk.copy_(dk_to)
     if dv_to is not dv:

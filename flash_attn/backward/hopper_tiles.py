@@ -167,11 +167,17 @@ def turn_of(n, m, M, N, band, F: gl.constexpr, T: gl.constexpr):
     return turn
 
 
-@gluon.jit
-def zero_ahead(dq_acc, zeroed, seqs, sizes, T: gl.constexpr):
-    """Zero this program's share of the sums of dQ of a pair that is worked on some waves later; by one warp.
+@gluon.constexpr_function
+def zeroing_warps(T):
+    """Warps of a program that take part in `zero_ahead` and count in `zeroed`."""
+    return 4 if T.SINGLE else 1
 
-    Zeroed before the kernel, they would go to memory and back. `zeroed` counts the programs that are done with a pair.
+
+@gluon.jit
+def zero_share(dq_acc, seqs, sizes, T: gl.constexpr):
+    """Zero this program's share of the sums of dQ of a pair that is worked on some waves later; by one warp, or four.
+
+    Zeroed before the kernel, they would go to memory and back.
     """
     n, pair = order(gl.program_id(0), sizes)
     later = pair + sizes[8]
@@ -184,7 +190,8 @@ def zero_ahead(dq_acc, zeroed, seqs, sizes, T: gl.constexpr):
             side = query_side(b, seqs[0], None, sizes[0], T)
             h = (later - b * sizes[3]) * group
             tile0, tiles = side[4], (side[2] + T.BLOCK_M - 1) // T.BLOCK_M
-        L: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
+        WARPS: gl.constexpr = zeroing_warps(T)
+        L: gl.constexpr = gl.BlockedLayout([4], [32], [WARPS], [0])
         nothing = gl.zeros([1024], gl.float32, L)
         for _ in range(group):
             for m in range(n, tiles, sizes[6]):
@@ -193,15 +200,30 @@ def zero_ahead(dq_acc, zeroed, seqs, sizes, T: gl.constexpr):
                 for i in range(0, T.BLOCK_M * T.D, 1024):
                     gl.store(at + i, nothing)
             h += 1
+
+
+@gluon.jit
+def count_zeroed(zeroed, sizes):
+    """Behind `zero_share`: `zeroed` counts the warps that are done with a pair."""
+    _, pair = order(gl.program_id(0), sizes)
+    later = pair + sizes[8]
+    if later < sizes[4]:
         fence_gpu()
         count_up(zeroed + later)
 
 
 @gluon.jit
-def _wait_for_zeros(zeroed, sizes):
-    """Wait until the sums of dQ of this program's pair are zeroed."""
+def zero_ahead(dq_acc, zeroed, seqs, sizes, T: gl.constexpr):
+    """`zero_share` and `count_zeroed`, for warps without other work."""
+    zero_share(dq_acc, seqs, sizes, T)
+    count_zeroed(zeroed, sizes)
+
+
+@gluon.jit
+def wait_for_zeros(zeroed, sizes, WARPS: gl.constexpr):
+    """Wait until the sums of dQ of this program's pair are zeroed; WARPS: how many count in a program."""
     n, pair = order(gl.program_id(0), sizes)
-    spin_until(zeroed + pair, sizes[6])
+    spin_until(zeroed + pair, sizes[6] * WARPS)
 
 
 @gluon.jit
@@ -246,7 +268,7 @@ def produce(work, F: gl.constexpr, T: gl.constexpr):
                 tma_load(v_desc, at, kv_full.index(0), v_s.index(i))
             if zeroed is not None:
                 # under the loads: nobody adds to the sums before the row statistics are there
-                _wait_for_zeros(zeroed, sizes)
+                wait_for_zeros(zeroed, sizes, 1)
         tma_load(stats_desc, [stats * T.BLOCK_M], full, lse_s.index(st))
         tma_load(stats_desc, [(stats + 1) * T.BLOCK_M], full, delta_s.index(st))
         if it >= T.STAGES:

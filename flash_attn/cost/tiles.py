@@ -82,4 +82,7 @@ def _hopper_forward(problem: Problem, found: DeviceInfo) -> Tile:
 def _hopper_backward(problem: Problem) -> Tile:
     """(queries a step, keys of a program): `backward.hopper_launch.schedule`."""
     dim = max(dims(problem, "hopper"))
+    few = problem.max_q * problem.group <= (512 if problem.right is None else 1024)
+    if dim <= 64 and few and not problem.deterministic and problem.softcap == 0:
+        return Tile(64, 128)
     return Tile(128, 128) if dim <= 64 else Tile(64, 128) if dim <= 128 else Tile(64, 64)
