@@ -10,14 +10,14 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from flash_attn.backward import hopper_narrow, hopper_wide
-from flash_attn.backward.hopper_ops import stacked
+from flash_attn.backward.hopper_ops import ONES_IN_REGISTERS, stacked
 from flash_attn.backward.hopper_tiles import produce, write_dq, zero_ahead
 
 
 @gluon.jit
 def attn_bwd_hopper(
     q_desc, do_desc, k_desc, v_desc,  # one tile of (batch, heads, rows, dim), or ragged (see tile/hopper.py)
-    stats_desc,  # fp32: per padded query tile, BLOCK_M of -lse (in the score's units), then BLOCK_M of -delta
+    stats_desc,  # per padded query tile, BLOCK_M of -lse (in the score's units), then of -delta: fp32, or `thirds`
     dq_desc,  # fp32 sums of dQ, 256 columns; this and the next three are None above 128
     dk_desc, dv_desc,  # like those of k and v
     units,  # of q, dout, k, v, dk, dv: (batch stride, row stride) in 16 bytes; None unless ragged
@@ -47,8 +47,12 @@ def attn_bwd_hopper(
     ds_s = gl.allocate_shared_memory(dtype, [2 * T.DS_STAGES, 64, T.BLOCK_M], SWIZZLED)
     if T.D < 256:  # dQ on its way
         dq_s = gl.allocate_shared_memory(gl.float32, [2, 64 * COLS // 256, 256], dq_desc.layout)
-    lse_s = gl.allocate_shared_memory(gl.float32, [STAGES, T.BLOCK_M], stats_desc.layout)
-    delta_s = gl.allocate_shared_memory(gl.float32, [STAGES, T.BLOCK_M], stats_desc.layout)
+    STATS: gl.constexpr = stacked(STAGES, stats_desc.block_type.shape)
+    lse_s = gl.allocate_shared_memory(stats_desc.dtype, STATS, stats_desc.layout)
+    delta_s = gl.allocate_shared_memory(stats_desc.dtype, STATS, stats_desc.layout)
+    ones_s = lse_s  # a tuple of captured values cannot hold None
+    if T.FOLD and not ONES_IN_REGISTERS:
+        ones_s = gl.allocate_shared_memory(gl.bfloat16, [2, 64, 16], stats_desc.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     kv_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
@@ -72,7 +76,7 @@ def attn_bwd_hopper(
             (hopper_wide.sum_dv, (work, F, T)), (hopper_wide.sum_dk, (work, F, T)), (produce, (load, F, T)),
         ], [4, 1], [240, 24])  # fmt: skip
     else:
-        rings = (q_s, do_s, k_s, v_s, lse_s, delta_s, ds_s, dq_s)
+        rings = (q_s, do_s, k_s, v_s, lse_s, delta_s, ds_s, dq_s, ones_s)
         tile = ((dq_desc, dk_desc, dv_desc), units, rings, bars, problem)
         if T.ORDERED:
             write = (dq_desc, dq_acc, zeroed, turns, dq_s, bars, problem)

@@ -36,6 +36,7 @@ class Schedule(NamedTuple):
     BLOCK_N: int  # keys of a program
     STAGES: int  # ring of Q and dO tiles
     DS_STAGES: int  # pairs of buffers of dS, above 128 of P
+    FOLD: bool = False  # products, not additions, start S and dP from the row statistics
     DEFER: bool = False  # dQ of a step is computed in the next one
     ORDERED: bool = False  # programs add to dQ in a fixed order; above 128 none adds to another's
     SINGLE: bool = False  # one warpgroup a program, two programs a processor (`hopper_single.py`)
@@ -85,6 +86,8 @@ def schedule(problem: Problem) -> Schedule:
     # queries a step, keys of a program, ring of Q and dO, buffers of dS: what registers and shared memory hold
     tile = {64: (128, 128, 2, 2), 128: (64, 128, 2, 2), 256: (64, 64, 2, 1)}[D]
     T = Schedule(D, DV, *tile, ORDERED=problem.deterministic and D < 256)
+    # with a softcap the lse is needed after the cap
+    T = T._replace(FOLD=D == 128 and problem.softcap == 0)
     # with few steps a key tile, the step more that this costs is not won back: causal 1k 596 -> 612 us, 2k 959 -> 924
     if D == 64 and (problem.right is None or problem.max_q > 1024):
         T = T._replace(DEFER=True, DS_STAGES=3)
@@ -186,6 +189,8 @@ def plan(problem: Problem, T: Schedule | None = None) -> Plan:
     keys = 64 if T.D <= 128 else T.BLOCK_N
     piece = 64 * piece_columns(T) // 256
     stats = flat(T.BLOCK_M * 2 if T.SINGLE else T.BLOCK_M)  # both rows at once, or one
+    if T.FOLD:
+        stats = [T.BLOCK_M, 16], gl.NVMMASharedLayout(32, 16, rank=2)
     boxes = (
         box(T.BLOCK_M, T.D), box(T.BLOCK_M, T.DV), box(keys, T.D), box(keys, T.DV), stats, flat(piece, 256),
     )  # fmt: skip
@@ -304,9 +309,10 @@ def backward(
     T, where = p.T, ops.q.device
     tiles = query_tiles(problem, ops.q.shape[0], T.BLOCK_M)
     padded = problem.heads * tiles * T.BLOCK_M
-    work = Workspace(
-        torch.empty(padded * 2, dtype=torch.float32, device=where), None, None, None, tiles, work_list
-    )
+    stats = torch.empty(padded * 2, dtype=torch.float32, device=where)
+    if T.FOLD:
+        stats = torch.empty(padded * 16, dtype=torch.bfloat16, device=where)
+    work = Workspace(stats, None, None, None, tiles, work_list)
     if T.D <= 128:
         turns = torch.empty(problem.heads * tiles * 2, dtype=torch.int32, device=where) if T.ORDERED else None
         work = work._replace(
@@ -327,7 +333,7 @@ def backward(
 
 
 class Workspace(NamedTuple):
-    stats: Tensor  # fp32 per padded query tile: BLOCK_M of -lse, BLOCK_M of -delta
+    stats: Tensor  # fp32 per padded query tile: BLOCK_M of -lse, BLOCK_M of -delta; or bf16, each `hopper_pre.thirds`
     # up to head dimension 128
     dq_acc: Tensor | None  # fp32 sums of dQ, padded query tiles in the order of an accumulator
     zeroed: Tensor | None  # int32 per (batch, kv head): programs that have zeroed their share of its sums
@@ -374,8 +380,8 @@ def _before(problem, p, ops, out, lse, dout, dlse, work) -> Tensor | None:
          out.shape[0], problem.batch, p.key_tiles), lse_scale,
     )  # fmt: skip
     constants = dict(
-        BLOCK_M=T.BLOCK_M, BLOCK_N=T.BLOCK_N, ROWS=p.rows, D=T.D, DV=T.DV, DIM_V=problem.head_dim_v
-    )
+        BLOCK_M=T.BLOCK_M, BLOCK_N=T.BLOCK_N, ROWS=p.rows, D=T.D, DV=T.DV, DIM_V=problem.head_dim_v, FOLD=T.FOLD
+    )  # fmt: skip
     sink = None if ops.sink is None else ops.sink.dtype
     key = (
         "before", p.T, problem.head_dim_v, problem.dtype, out.device.index, dlse is None, sink,
@@ -401,9 +407,12 @@ def main_arguments(
     sums = None
     if work.dq_acc is not None:
         sums = Box(work.dq_acc, [work.dq_acc.numel() // 256, 256], [256, 1], *of_sums)
+    stats = Box(work.stats, [work.stats.numel()], [1], *of_stats)
+    if p.T.FOLD:
+        stats = Box(work.stats, [work.stats.numel() // 8, 8], [8, 1], *of_stats)
     args = (
         _tiles_of(q, F.ragged, of_q), _tiles_of(dout, F.ragged, of_dout), _tiles_of(k, F.ragged, of_k),
-        _tiles_of(v, F.ragged, of_v), Box(work.stats, [work.stats.numel()], [1], *of_stats), sums,
+        _tiles_of(v, F.ragged, of_v), stats, sums,
         _tiles_of(dk, F.ragged, of_k), _tiles_of(dv, F.ragged, of_v), units,
         work.dq_acc, work.zeroed, work.turns,
         (ops.cu_seqlens_q, ops.cu_seqlens_k, ops.seqused_q, ops.seqused_k, work.work_list),

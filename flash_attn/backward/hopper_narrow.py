@@ -15,7 +15,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from flash_attn.backward.hopper_ops import fragment_rows, mask_columns, per_column, program_again
+from flash_attn.backward.hopper_ops import (
+    ONES_IN_REGISTERS,
+    first_columns,
+    fragment_rows,
+    mask_columns,
+    per_column,
+    program_again,
+)
 from flash_attn.backward.hopper_tiles import (
     BAR_DO,
     BAR_DQ,
@@ -71,7 +78,7 @@ def consume(work, WG: gl.constexpr, F: gl.constexpr, T: gl.constexpr):
     descs, units, smems, bars, problem = work
     seqs, sizes, band, scores, scale = problem
     dq_desc, dk_desc, dv_desc = descs
-    q_s, do_s, k_s, v_s, lse_s, delta_s, ds_s, dq_s = smems
+    q_s, do_s, k_s, v_s, lse_s, delta_s, ds_s, dq_s, ones_s = smems
     q_full, do_full, kv_full = bars[0], bars[1], bars[2]
     D: gl.constexpr = T.D
     DV: gl.constexpr = T.DV
@@ -112,6 +119,14 @@ def consume(work, WG: gl.constexpr, F: gl.constexpr, T: gl.constexpr):
         ds_s.index(2 * (T.DS_STAGES - 1) + WG).store(gl.zeros([64, BLOCK_M], dtype, SL))
         fence_async_shared()
         barrier_arrive(BAR_READY + WG + 2, 256)
+    if T.FOLD:
+        if ONES_IN_REGISTERS:
+            ones = first_columns(3, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 16, 16]))
+            ones = gl.convert_layout(ones, gl.DotOperandLayout(0, SL, 2), assert_trivial=True)
+        else:
+            ones = ones_s.index(WG)
+            ones.store(first_columns(3, gl.BlockedLayout([1, 8], [16, 2], [4, 1], [1, 0])))
+            fence_async_shared()
     if total > 0:
         mbarrier.wait(kv_full.index(0), 0)
     for it in range(total):
@@ -123,15 +138,23 @@ def consume(work, WG: gl.constexpr, F: gl.constexpr, T: gl.constexpr):
         do = do_s.index(st).reshape([BLOCK_M, DV])
         mbarrier.wait(q_full.index(st), ph)
         # -lse / scale and -delta are the initial values of S and dP: no registers hold them across the exp
-        dp_init = per_column(delta_s.index(st), BLOCK_M, SL)
-        if F.softcap:
+        if T.FOLD:
             zeros = gl.zeros([64, BLOCK_M], gl.float32, SL)
-            s = warpgroup_mma(k_w, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
+            s = warpgroup_mma(ones, lse_s.index(st).permute((1, 0)), zeros, use_acc=False, is_async=True)
+            dp = warpgroup_mma(ones, delta_s.index(st).permute((1, 0)), zeros, use_acc=False, is_async=True)
+            s = warpgroup_mma(k_w, q.permute((1, 0)), s, is_async=True)
+            mbarrier.wait(do_full.index(st), ph)
+            dp = warpgroup_mma(v_w, do.permute((1, 0)), dp, is_async=True)
         else:
-            s_init = per_column(lse_s.index(st), BLOCK_M, SL)
-            s = warpgroup_mma(k_w, q.permute((1, 0)), s_init, is_async=True)
-        mbarrier.wait(do_full.index(st), ph)
-        dp = warpgroup_mma(v_w, do.permute((1, 0)), dp_init, is_async=True)
+            dp_init = per_column(delta_s.index(st), BLOCK_M, SL)
+            if F.softcap:
+                zeros = gl.zeros([64, BLOCK_M], gl.float32, SL)
+                s = warpgroup_mma(k_w, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
+            else:
+                s_init = per_column(lse_s.index(st), BLOCK_M, SL)
+                s = warpgroup_mma(k_w, q.permute((1, 0)), s_init, is_async=True)
+            mbarrier.wait(do_full.index(st), ph)
+            dp = warpgroup_mma(v_w, do.permute((1, 0)), dp_init, is_async=True)
         s = warpgroup_mma_wait(1, deps=(s,))
         masked = needs_mask(m, whole, F)
         p, x = probabilities(

@@ -5,10 +5,15 @@ A warpgroup's fp32 accumulator of 64 rows keeps, in each thread, for every group
 these register positions, so that dQ leaves as whole 16-byte pieces.
 """
 
+import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from flash_attn.tile.hopper import column_registers, from_columns, row_limit, to_columns
+
+# Whether the ones of `first_columns` may stay in registers, which saves 64 accesses of shared memory a step: newer
+# versions' ptxas then lacks registers and runs all products one after the other (C7512; seen with 3.9).
+ONES_IN_REGISTERS = gl.constexpr(tuple(int(x) for x in triton.__version__.split(".")[:2]) < (3, 7))
 
 
 @gluon.constexpr_function
@@ -168,3 +173,10 @@ def per_column(x_s, COLS: gl.constexpr, SL: gl.constexpr):
     return gl.inline_asm_elementwise(
         "mov.f32 $0, $1;", "=f,f,f", [x, zeros], dtype=gl.float32, is_pure=False, pack=1
     )
+
+
+@gluon.jit
+def first_columns(n: gl.constexpr, L: gl.constexpr):
+    """Left operand (64, 16) in bf16, in layout L, that adds up the first n entries along K of the right one."""
+    column = gl.expand_dims(gl.arange(0, 16, gl.SliceLayout(0, L)), 0)
+    return gl.where(column + gl.zeros([64, 16], gl.int32, L) < n, 1.0, 0.0).to(gl.bfloat16)

@@ -7,6 +7,19 @@ from flash_attn.tile.rows import packed_tile, sequence
 
 
 @triton.jit
+def thirds(x, ROWS: tl.constexpr):
+    """(ROWS, 8) bf16: x as a sum of three, then zeros; exact, as three times 8 bits are the 24 of fp32."""
+    column = tl.arange(0, 8)[None, :]
+    x = x[:, None] + tl.zeros([ROWS, 8], tl.float32)
+    high = x.to(tl.bfloat16).to(tl.float32)
+    whole = x == high  # infinities, too, have no rest
+    rest = tl.where(whole, 0.0, x) - tl.where(whole, 0.0, high)
+    middle = rest.to(tl.bfloat16).to(tl.float32)
+    x = tl.where(column == 0, high, tl.where(column == 1, middle, rest - middle))
+    return tl.where(column < 3, x, 0.0).to(tl.bfloat16)
+
+
+@triton.jit
 def list_key_tiles(work_list, b, seqs, batch, slots, BLOCK_N: tl.constexpr):
     """Write the entries of sequence b's key tiles: (tile, b, first key, keys of the slot, keys, first query, queries of
     the slot, queries), int32; by sequence 0 also those that remain, as tiles without keys or queries.
@@ -67,7 +80,7 @@ def bwd_before(
     # entries of the list)
     lse_scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, DIM_V: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, DIM_V: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
     """Per query row: -lse * lse_scale and -delta, delta = rowsum(dout * out) - dlse; zeroes turns, and dq_acc (each
     may be None) of the first pairs: the main kernel zeroes the others as it goes (`hopper_tiles.zero_ahead`).
@@ -143,10 +156,17 @@ def bwd_before(
             loss = -tl.sum(tl.where(empty, 0.0, p * delta), 0)
         block = h.to(tl.int64) * tiles + first
         # what the launcher does not know: a tile of our own buffers starts at 16 bytes
-        at_stats = tl.multiple_of(stats + block * (2 * BLOCK_M), 16)
-        at_stats = at_stats + (rows // BLOCK_M) * (2 * BLOCK_M) + rows % BLOCK_M
-        tl.store(at_stats, tl.where(empty, float("-inf"), -L * lse_scale), rows < padded)
-        tl.store(at_stats + BLOCK_M, -delta, rows < padded)
+        at_stats = block * (2 * BLOCK_M) + (rows // BLOCK_M) * (2 * BLOCK_M) + rows % BLOCK_M
+        minus_lse = tl.where(empty, float("-inf"), -L * lse_scale)
+        if FOLD:
+            at_stats = stats + (at_stats * 8)[:, None] + tl.arange(0, 8)[None, :]
+            at_stats = tl.multiple_of(at_stats, [1, 8])
+            tl.store(at_stats, thirds(minus_lse, ROWS), (rows < padded)[:, None])
+            tl.store(at_stats + BLOCK_M * 8, thirds(-delta, ROWS), (rows < padded)[:, None])
+        else:
+            at_stats = tl.multiple_of(stats, 16) + at_stats
+            tl.store(at_stats, minus_lse, rows < padded)
+            tl.store(at_stats + BLOCK_M, -delta, rows < padded)
         if turns is not None:
             at_turns = turns + (block + rows // BLOCK_M) * 2
             starts = (rows < padded) & (rows % BLOCK_M == 0)

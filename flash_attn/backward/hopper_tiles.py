@@ -269,8 +269,13 @@ def produce(work, F: gl.constexpr, T: gl.constexpr):
             if zeroed is not None:
                 # under the loads: nobody adds to the sums before the row statistics are there
                 wait_for_zeros(zeroed, sizes, 1)
-        tma_load(stats_desc, [stats * T.BLOCK_M], full, lse_s.index(st))
-        tma_load(stats_desc, [(stats + 1) * T.BLOCK_M], full, delta_s.index(st))
+        if T.FOLD:
+            # eight columns lie in memory; TMA makes zeros of the other eight
+            tma_load(stats_desc, [stats * T.BLOCK_M, 0], full, lse_s.index(st))
+            tma_load(stats_desc, [(stats + 1) * T.BLOCK_M, 0], full, delta_s.index(st))
+        else:
+            tma_load(stats_desc, [stats * T.BLOCK_M], full, lse_s.index(st))
+            tma_load(stats_desc, [(stats + 1) * T.BLOCK_M], full, delta_s.index(st))
         if it >= T.STAGES:
             barrier_sync(BAR_DO + st, 288)
         full = do_full.index(st)
