@@ -5,7 +5,7 @@ import torch
 from flash_attn.problem import Problem
 from flash_attn.utils import device as devices
 
-SPLIT_FROM = 16  # head dim where fp32 sums err as much as sums of split factors (at 1: 0.5e-6 and 1.9e-6)
+SPLIT_FROM = 32  # head dim from which sums of split factors err no more than fp32 sums (docs/perf/triton-forward.md)
 
 
 def precision(problem: Problem) -> str:
