@@ -137,17 +137,18 @@ const Counts = (() => {
     const reads = q + k + v + dout;
     const query = bm * (token + 8);
     const before = out + dout + 3 * lse;
-    if (gpu.backend === "hopper") {
+    const hopper = gpu.backend === "hopper";
+    if (hopper && a.d <= 128) {
       const wide = work.rows * a.d * 4; // dQ in fp32, added up in L2
       const bytes = query + bm * a.d * 4;
       const main = { items: keyItems, share: 1, flops: 10 * bm * bn * a.d, exps: bm * bn, bytes, memory: reads + dk + dv };
       return [only(before + wide), main, only(wide + dq)];
     }
-    const [rm, rn, rowShare] = tiles[1];
+    const [rm, rn, rowShare] = hopper ? [128, bn, 1] : tiles[1];
     return [
       only(before),
       { items: keyItems, share, flops: 8 * bm * bn * a.d, exps: bm * bn, bytes: query, memory: reads + dk + dv },
-      { items: rowItems(tiles[1]), share: rowShare, flops: 6 * rm * rn * a.d, exps: rm * rn, bytes: rn * token, memory: reads + dq },
+      { items: rowItems([rm, rn]), share: rowShare, flops: 6 * rm * rn * a.d, exps: rm * rn, bytes: rn * token, memory: reads + dq },
     ];
   }
 

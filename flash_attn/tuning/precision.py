@@ -5,7 +5,7 @@ import torch
 from flash_attn.problem import Problem
 from flash_attn.utils import device as devices
 
-SPLIT_FROM = 32  # head dim from which sums of split factors err no more than fp32 sums (docs/perf/triton-forward.md)
+SPLIT_FROM = 32  # head dim from which sums of split factors err no more than fp32 ones
 
 
 def precision(problem: Problem) -> str:
