@@ -21,9 +21,7 @@ MOST = 8  # pairs of blocks for each multiprocessor
 def wants(problem: Problem) -> bool:
     """Whether one launch takes the GPU less time than two or three; the host it always does."""
     found = device.info()
-    if (
-        found is None or tuning.overridden() is not None
-    ):  # no GPU; the tiles of two launches are being measured
+    if found is None or tuning.overridden() is not None:  # or the tiles of two launches are being measured
         return False
     dim = max(problem.head_dim, problem.head_dim_v)
     if problem.sink or problem.leftpad or problem.dtype.itemsize != 2 or dim > 128:
