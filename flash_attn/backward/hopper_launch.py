@@ -301,6 +301,7 @@ def backward(
         return Gradients(dq, dk, dv, None if ops.sink is None else torch.zeros_like(ops.sink))
     # the kernel before sums delta in an order that depends on how wide it may load: only one is compiled
     out, dout = for_tma(out), for_tma(dout)
+    ops = ops._replace(q=for_tma(ops.q), k=for_tma(ops.k), v=for_tma(ops.v))
     p = plan(problem)
     work_list = None
     if problem.varlen_q and problem.varlen_k and p.T.D <= 128:
@@ -309,9 +310,8 @@ def backward(
     T, where = p.T, ops.q.device
     tiles = query_tiles(problem, ops.q.shape[0], T.BLOCK_M)
     padded = problem.heads * tiles * T.BLOCK_M
-    stats = torch.empty(padded * 2, dtype=torch.float32, device=where)
-    if T.FOLD:
-        stats = torch.empty(padded * 16, dtype=torch.bfloat16, device=where)
+    numbers, kind = (16, torch.bfloat16) if T.FOLD else (2, torch.float32)
+    stats = torch.empty(padded * numbers, dtype=kind, device=where)
     work = Workspace(stats, None, None, None, tiles, work_list)
     if T.D <= 128:
         turns = torch.empty(problem.heads * tiles * 2, dtype=torch.int32, device=where) if T.ORDERED else None
@@ -394,12 +394,12 @@ def _before(problem, p, ops, out, lse, dout, dlse, work) -> Tensor | None:
 def main_arguments(
     problem: Problem, p: Plan, ops: Operands, dout: Tensor, work: Workspace, dk: Tensor, dv: Tensor
 ):  # fmt: skip
-    """(grid, arguments, constants) of the main kernel; dout, dk and dv must be `addressable`."""
+    """(grid, arguments, constants) of the main kernel; ops, dout, dk and dv must be `addressable`."""
     from flash_attn.forward.hopper_launch import Box
     from flash_attn.tile.score import factors
 
     F, packed_q, packed_k = p.F, problem.varlen_q, problem.varlen_k
-    q, k, v = (for_tma(x) for x in ops[:3])
+    q, k, v = ops[:3]
     of_q, of_dout, of_k, of_v, of_stats, of_sums = p.boxes
     units: tuple = (None,) * 6
     if F.ragged:
@@ -444,11 +444,11 @@ def _main(problem, p, ops, dout, work, dk, dv) -> None:
 
 
 def dq_arguments(problem: Problem, p: Plan, ops: Operands, dout: Tensor, work: Workspace, dq: Tensor):
-    """(grid, arguments, constants) of `attn_bwd_dq`; dout and dq must be `addressable`."""
+    """(grid, arguments, constants) of `attn_bwd_dq`; ops, dout and dq must be `addressable`."""
     from flash_attn.tile.score import factors
 
     F, packed_q, packed_k = p.F, problem.varlen_q, problem.varlen_k
-    q, k, v = (for_tma(x) for x in ops[:3])
+    q, k, v = ops[:3]
     of_q, of_dout, of_k, of_v = p.boxes[:4]
     units: tuple = (None,) * 5
     if F.ragged:
